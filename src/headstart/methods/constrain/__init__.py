@@ -1,0 +1,1 @@
+"""Stay close to the source: methods that add a term to what is minimised."""

@@ -1,0 +1,1 @@
+"""What methods are made of. Nothing here knows a method."""

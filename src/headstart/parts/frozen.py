@@ -1,0 +1,47 @@
+"""The source network: a real copy that never learns."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 over names, shapes, types and values of all parameters and buffers of a module."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+class Frozen:
+    """A network as it was given: evaluated, looked at, never trained and never saved.
+
+    It is not a module of its owner, so it gets no gradient, no traffic between ranks and no place in a
+    checkpoint; the owner moves it (`apply`) and keeps only its fingerprint. The copy shares no storage
+    with the network that learns: an anchor that aliases the weights makes every distance zero.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = copy.deepcopy(net).requires_grad_(False).eval()
+        self.fingerprint = fingerprint(net)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The source's own output, without a graph."""
+        with torch.no_grad():
+            out: Tensor = self.net(x)
+        return out
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and values of the source weights; they never require a gradient."""
+        return self.net.named_parameters()
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Move or cast, as `nn.Module.to` of the owner does."""
+        self.net._apply(fn)  # type: ignore[no-untyped-call]
