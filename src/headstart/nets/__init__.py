@@ -1,0 +1,1 @@
+"""Networks: built by name, filled with weights, and known by their family."""

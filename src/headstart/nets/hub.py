@@ -1,0 +1,117 @@
+"""Weights that timm publishes: found on this machine without a network, or why they cannot be fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.parse import urlparse
+
+import torch
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+from headstart.errors import ModelError, Unreachable
+from headstart.nets import architecture
+from headstart.nets.architecture import Architecture, first_line, quiet
+
+# timm prefers them in this order.
+FILES = ("model.safetensors", "pytorch_model.bin")
+
+# What timm, torch.hub and the Hugging Face client raise: HTTP errors and no network are OSErrors too.
+FAILURES = (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError)
+
+
+def cached(config: Mapping[str, Any]) -> Path | None:
+    """The weights of a pretrained config that are on this machine already; looks at no network.
+
+    Args:
+        config: timm's, with `hf_hub_id`, `hf_hub_filename` and `url`.
+    """
+    repository, _, revision = str(config.get("hf_hub_id") or "").partition("@")
+    if repository:
+        own = config.get("hf_hub_filename")
+        for name in [own] if own else FILES:
+            try:
+                found = try_to_load_from_cache(repository, name, revision=revision or None)
+            except HFValidationError:
+                break
+            if isinstance(found, str):
+                return Path(found)
+    url = config.get("url")
+    if url:
+        address, name = (url[0], url[1]) if isinstance(url, tuple | list) else (url, "")
+        path = Path(torch.hub.get_dir()) / "checkpoints" / (name or Path(urlparse(address).path).name)
+        if path.is_file():
+            return path
+    return None
+
+
+def described(name: str) -> Architecture:
+    """The architecture that a repository of the Hugging Face Hub describes, fetched where it is not here.
+
+    Args:
+        name: "owner/name", with "@revision" or without.
+
+    Raises:
+        ModelError: no such repository, or not one of a timm model.
+        Unreachable: not on this machine, and no network.
+    """
+    repository, _, revision = name.partition("@")
+    with quiet(), no_bars():
+        try:
+            path = try_to_load_from_cache(repository, "config.json", revision=revision or None)
+            if not isinstance(path, str):
+                path = hf_hub_download(repository, "config.json", revision=revision or None)
+        except HFValidationError as error:
+            raise ModelError(f"'{name}' is neither a model of timm's nor a repository's name.") from error
+        except FAILURES as error:
+            if offline(error):
+                raise Unreachable(
+                    f"'{name}' is not on this machine and the Hugging Face Hub cannot be reached. "
+                    "Download the repository elsewhere and give its folder as --model."
+                ) from error
+            raise ModelError(
+                f"The Hugging Face Hub has no timm model '{name}': {first_line(error)}"
+            ) from error
+    found = architecture.described(Path(path).parent)
+    return Architecture(
+        found.name,
+        found.num_classes,
+        found.kwargs,
+        {**found.pretrained_cfg, "hf_hub_id": name, "source": "hf-hub"},
+    )
+
+
+def offline(error: BaseException) -> bool:
+    """Whether this came of having no network, and not of a wrong name or a broken file."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, LocalEntryNotFoundError | OfflineModeIsEnabled | ConnectionError | TimeoutError):
+            return True
+        if isinstance(seen, HfHubHTTPError):
+            return seen.response.status_code >= 500
+        if isinstance(seen, URLError) or type(seen).__name__ in ("ConnectError", "ConnectTimeout"):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Without the Hugging Face client's own progress bars."""
+    were_off = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_off:
+            enable_progress_bars()
