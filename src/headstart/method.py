@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple, final
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -37,9 +38,10 @@ from headstart.errors import MethodError
 from headstart.parts.depth import depths
 from headstart.parts.frozen import Frozen
 from headstart.parts.head import find_head, replace_head
+from headstart.parts.kernels import is_kernel
 from headstart.parts.memory import Memory
 from headstart.parts.optimizers import Several
-from headstart.parts.ranks import agree
+from headstart.parts.ranks import agree, agreed
 from headstart.parts.statistics import settle
 
 Room = Literal["baseline", "constrain", "select", "reshape", "route"]
@@ -110,7 +112,7 @@ class Phase:
         ]
         optimizers = [rule(usual, **options)] if usual else []
         for group in self.groups:
-            if group.rule is not None:
+            if group.rule is not None and group.params:
                 optimizers.append(group.rule([{"params": group.params, "name": group.name}]))
         if not optimizers:
             raise MethodError(f"Phase '{self.name}' has nothing that learns, so it has no optimiser.")
@@ -186,6 +188,7 @@ class Method(nn.Module):
         self.memory = Memory()  # what `enter` measured: saved, moved, the same on every rank
         self._phase: Phase | None = None
         self._at, self._epochs_done, self._entered = 0, 0, -1
+        self.register_load_state_dict_post_hook(_bring_memory)
 
     # ------------------------------------------------------------------ answered by each method
 
@@ -232,8 +235,8 @@ class Method(nn.Module):
     ) -> Iterator[Phase]:
         """Walk the plan: freeze and unfreeze, let each phase measure, and hand it out for training.
 
-        After `load_state_dict` the walk goes on where the saved one stood: finished phases are skipped,
-        and a phase that was under way comes with `done` epochs behind it.
+        After `load_state_dict` the walk goes on where the saved one stood: with the phase that was under
+        way, `done` epochs of it behind us (all of them, when it was saved just before the next began).
 
         Args:
             epochs: how long, over all phases.
@@ -255,14 +258,15 @@ class Method(nn.Module):
             self._phase = phase
             if self._entered < self._at:
                 self.train()
-                ended = phase.enter(data) is False
+                ended = agreed(phase.enter(data) is False)
+                _bring_memory(self)
                 agree(self)  # ranks that measured different things would train different networks
                 self._entered = self._at
                 if ended:
                     self._at = len(plan)
                     break
             self.train()
-            if self._epochs_done < phase.epochs:
+            if phase.epochs:
                 yield replace(phase, done=self._epochs_done)
             self._at, self._epochs_done = self._at + 1, 0
         self._phase = None
@@ -276,7 +280,8 @@ class Method(nn.Module):
     @final
     def loss(self, logits: Tensor, y: Tensor, **terms: Tensor) -> Loss:
         """The task loss on logits [B, K], plus named terms that each are a scalar tensor."""
-        task = self.criterion(logits.float(), y)
+        wide = torch.promote_types(logits.dtype, torch.float32)  # float64 stays as it is
+        task = self.criterion(logits.to(wide), y)
         total = task
         for term in terms.values():
             total = total + term
@@ -299,7 +304,7 @@ class Method(nn.Module):
         depth = depths(self.net) if layer_decay != 1.0 else {}
         sorted_: dict[tuple[str, float, float], list[nn.Parameter]] = {}
         for name, parameter in self.net.named_parameters():  # tied weights come once
-            kind = "kernels" if parameter.ndim >= 2 and not name.endswith(_TOKENS) else "norms and biases"
+            kind = "kernels" if is_kernel(name, parameter) else "norms and biases"
             own_decay = decay if kind == "kernels" else 0.0
             if id(parameter) in in_head:
                 key = (f"head, {kind}", head_lr, own_decay)
@@ -378,8 +383,12 @@ class Method(nn.Module):
         self._at, self._epochs_done, self._entered = state["at"], state["epochs_done"], state["entered"]
 
 
-# Learned tokens and embeddings have two or more dimensions but are no kernels: they never decay.
-_TOKENS = ("cls_token", "reg_token", "dist_token", "pos_embed", "relative_position_bias_table", "mask_token")
+def _bring_memory(method: nn.Module, _: Any = None) -> None:
+    """What was measured, or loaded, lies where the network lies."""
+    assert isinstance(method, Method)
+    at = next(method.net.parameters(), None)
+    if at is not None:
+        method.memory.to(at.device)
 
 
 def _described(docstring: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -134,7 +135,7 @@ class Run(Record):
         except ValidationError as error:
             raise ConfigError(sentence(error)) from None
 
-    def key(self, *, data: str, source: str) -> str:
+    def key(self, *, data: str, source: str, settled: Mapping[str, Any] | None = None) -> str:
         """The hash that names this run's folder: 12 hexadecimal digits.
 
         Two runs are the same run when the same things were asked of the same pictures and the same
@@ -143,9 +144,11 @@ class Run(Record):
         Args:
             data: fingerprint of the pictures, labels and split.
             source: fingerprint of the source weights.
+            settled: values that were open in what was asked (a method's defaults, a family's recipe): a
+                run under other defaults is another run.
         """
         asked = self.model_dump(mode="json", exclude=set(self.MACHINE) | {"data", "weights", "strict"})
-        text = json.dumps([asked, data, source], sort_keys=True, separators=(",", ":"))
+        text = json.dumps([asked, data, source, settled], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def recipe(self, family: Recipe) -> Recipe:

@@ -1,0 +1,1 @@
+"""Drive any method: one loop, one machine, one way to save and resume."""

@@ -1,0 +1,81 @@
+"""Who is told what happens while runs go on."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, TextIO
+
+from headstart.method import Phase
+from headstart.records import Result
+
+
+class Reporter:
+    """Told what happens; this one says nothing. Every method may be overridden, none has to be."""
+
+    def begin(self, runs: int) -> None:
+        """So many runs are about to be looked at."""
+
+    def run(self, name: str, index: int, total: int) -> None:
+        """Run `index` (from 1) of `total` begins."""
+
+    def say(self, text: str) -> None:
+        """A line for a person."""
+
+    def phase(self, phase: Phase, steps: int) -> None:
+        """A phase begins, of `steps` steps an epoch."""
+
+    def step(self) -> None:
+        """One optimiser step is done."""
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """An epoch is done; the record is the line that goes into metrics.jsonl."""
+
+    def row(self, result: Result) -> None:
+        """A run is done, or failed, or was done before."""
+
+    def end(self) -> None:
+        """No more runs."""
+
+
+class Lines(Reporter):
+    """Plain lines, for logs and pipes."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = sys.stderr if stream is None else stream
+        self.prefix = ""
+        self.started = time.perf_counter()
+
+    def run(self, name: str, index: int, total: int) -> None:
+        """Lines of a run begin with its place and name."""
+        self.prefix = f"[{index}/{total} {name}] " if total > 1 else ""
+        self.started = time.perf_counter()
+        if total > 1:
+            self._print("started")
+
+    def say(self, text: str) -> None:
+        """The line as it is."""
+        self._print(text)
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """Epoch, training loss, validation accuracy and loss, seconds."""
+        val = ""
+        if record.get("val_accuracy") is not None:
+            val = f"  val accuracy {record['val_accuracy']:.3f}  val loss {record['val_log_loss']:.3f}"
+        self._print(
+            f"{record['phase']} epoch {record['epoch']}/{record['epochs']}  "
+            f"loss {record['loss']:.3f}{val}  {record['seconds']:.1f} s"
+        )
+
+    def row(self, result: Result) -> None:
+        """How the run ended."""
+        if result.status != "finished":
+            self._print(f"{result.status}: {result.reason}")
+        elif result.test is not None:
+            test = result.test
+            self._print(f"finished in {result.seconds:.0f} s  test accuracy {test.accuracy:.3f} (n={test.n})")
+        self.prefix = ""
+
+    def _print(self, text: str) -> None:
+        for line in text.splitlines() or [""]:
+            print(f"{self.prefix}{line}", file=self.stream, flush=True)

@@ -1,0 +1,479 @@
+"""One run, from what was asked to what came out."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from headstart import registry
+from headstart.data.loader import Task, load
+from headstart.errors import ConfigError, HeadstartError, MethodError, OutputError, TrainingError
+from headstart.method import Method
+from headstart.nets import recipe as recipes
+from headstart.nets import zoo
+from headstart.parts.frozen import fingerprint
+from headstart.parts.statistics import has_batchnorm
+from headstart.records import Fingerprints, Parameters, Recipe, Result, Run
+from headstart.ship import bundle
+from headstart.ship.predict import Prediction, Predictor
+from headstart.ship.predict import load as load_model
+from headstart.training.events import Reporter
+from headstart.training.loop import fit
+from headstart.training.machine import Machine, Placed
+from headstart.training.score import predictions, score
+
+_SCORED_AT_ONCE = 64  # pictures; forward only, so more fit than in training
+
+# What decides which pictures are in which split, and which network it is: runs that agree share them.
+_DATA = ("data", "image_col", "label_col", "split_col", "group_col", "split", "strict", "img_size")
+_NET = ("model", "weights", "img_size")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run with everything it needs, before anything is trained."""
+
+    run: Run
+    task: Task
+    pretrained: zoo.Pretrained
+    cls: type[Method]
+    hyper: dict[str, Any]  # defaults, preset and what was asked
+    recipe: Recipe
+    batch_size: int
+    fingerprints: Fingerprints
+    key: str
+
+    @property
+    def name(self) -> str:
+        """The run's folder name in a comparison."""
+        label = self.run.method if self.run.preset is None else f"{self.run.method}-{self.run.preset}"
+        return f"{label}-{self.key}-s{self.run.seed}"
+
+
+def prepare(run: Run, *, share: Prepared | None = None, say: Callable[[str], None] = print) -> Prepared:
+    """Find the method, load the network and the pictures, and settle every open value.
+
+    Args:
+        run: what was asked.
+        share: an earlier run; its pictures and network are used again where they are the same.
+        say: told what was done with the data and the weights.
+
+    Raises:
+        HeadstartError: anything that a person got wrong, before anything is trained.
+    """
+    cls = registry.get(run.method)
+    hyper = registry.configure(cls, run.preset, run.hyper)
+    preset = registry.preset(cls, run.preset).recipe
+    effective = run.model_copy(
+        update={
+            name: value
+            for name, value in preset.items()
+            if name not in run.model_fields_set or getattr(run, name) is None
+        }
+    )
+    if share is not None and all(getattr(run, name) == getattr(share.run, name) for name in _NET):
+        pretrained, source = share.pretrained, share.fingerprints.source
+    else:
+        pretrained = zoo.load(run.model, weights=run.weights, img_size=run.img_size, say=say)
+        source = fingerprint(pretrained.net)
+    seed = run.seed if run.split_seed is None else run.split_seed
+    same_data = share is not None and all(getattr(run, name) == getattr(share.run, name) for name in _DATA)
+    if share is not None and same_data and share.task.split_seed == seed:
+        task = share.task
+    else:
+        task = load(run, pretrained.preprocess, say=say)
+    family = recipes.recipe(pretrained.net, train_size=task.counts["train"], batch_size=effective.batch_size)
+    recipe = effective.recipe(family)
+    micro = effective.batch_size // effective.grad_accum
+    if micro < 1:
+        raise ConfigError(
+            f"grad_accum {effective.grad_accum} cuts a batch of {effective.batch_size} into nothing. "
+            f"Use at most {effective.batch_size}."
+        )
+    statistics = recipe.norm == "train" or not cls.keeps_statistics
+    if micro == 1 and statistics and has_batchnorm(pretrained.net):
+        raise ConfigError(
+            f"{run.model} has BatchNorm, which has no statistics of a single picture. Use a batch size of "
+            "2 or more per micro-batch"
+            + (", or --norm eval." if cls.keeps_statistics else f"; {run.method} cannot hold them.")
+        )
+    settled = {"hyper": hyper, "recipe": recipe.model_dump(), "batch_size": effective.batch_size}
+    return Prepared(
+        run=run,
+        task=task,
+        pretrained=pretrained,
+        cls=cls,
+        hyper=hyper,
+        recipe=recipe,
+        batch_size=effective.batch_size,
+        fingerprints=Fingerprints(source=source, data=task.fingerprint),
+        key=run.key(data=task.fingerprint, source=source, settled=settled),
+    )
+
+
+def build(prepared: Prepared) -> Method:
+    """The method on a copy of the network, with a fresh head for the task."""
+    task, size = prepared.task, prepared.pretrained.preprocess.size
+    reason = prepared.cls.fits(
+        prepared.pretrained.net, {"classes": len(task.classes), "img_size": size, **task.counts}
+    )
+    if reason is not None:
+        raise MethodError(f"{prepared.run.method} cannot run here: {reason}")
+    torch.manual_seed(prepared.run.seed)  # what a method draws when it is built
+    method = prepared.cls(
+        copy.deepcopy(prepared.pretrained.net),
+        len(task.classes),
+        example=torch.zeros(1, 3, size, size),
+        **prepared.hyper,
+    )
+    method.norm = prepared.recipe.norm
+    method.criterion = nn.CrossEntropyLoss(
+        task.class_weights(prepared.run.class_weights), label_smoothing=prepared.recipe.label_smoothing
+    )
+    return method
+
+
+def execute(
+    prepared: Prepared,
+    folder: Path,
+    *,
+    resume: bool = True,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> Result:
+    """Train, score and save one run.
+
+    The folder then holds `result.json`, `metrics.jsonl`, `predictions.npz`, `split.csv` and `model/`. A
+    folder with this very run finished in it is left as it is; one with this run begun is gone on with.
+
+    Args:
+        prepared: from `prepare`.
+        folder: of this run alone.
+        resume: go on with an unfinished run that lies there; False refuses.
+        overwrite: replace another run that lies there.
+        reporter: told what happens.
+
+    Raises:
+        OutputError: the folder holds something else, or cannot be written.
+        TrainingError: training could not go on; `result.json` then says why.
+    """
+    reporter = reporter or Reporter()
+    machine = Machine(prepared.run.device, prepared.run.precision)
+    finished = claim(folder, prepared, resume=resume, overwrite=overwrite, main=machine.main)
+    if finished is not None:
+        reporter.say(f"{folder} is finished already")
+        return finished
+    try:
+        return _execute(prepared, folder, machine, reporter)
+    except torch.OutOfMemoryError as error:
+        reason = TrainingError(
+            f"Out of memory on {machine.device}. Use a smaller --batch-size, or the same in more "
+            f"micro-batches with --grad-accum {max(2, prepared.run.grad_accum * 2)}."
+        )
+        _leave(folder, failed(prepared, str(reason)), machine)
+        raise reason from error
+    except HeadstartError as error:
+        _leave(folder, failed(prepared, str(error)), machine)
+        raise
+
+
+def _execute(prepared: Prepared, folder: Path, machine: Machine, reporter: Reporter) -> Result:
+    run, task = prepared.run, prepared.task
+    started = time.perf_counter()
+    machine.start_memory()
+    method = build(prepared)
+    batches = task.train(
+        prepared.batch_size,
+        seed=run.seed,
+        augment=run.augment,
+        mixup=run.mixup,
+        cutmix=run.cutmix,
+        rank=machine.rank,
+        world=machine.world,
+        workers=run.workers,
+        device=machine.device,
+    )
+    _choose_layout(method, batches, folder, machine, run.channels_last)
+    if run.compile:
+        method.net.compile()
+    splits = {
+        split: Placed(task.plain(split, _SCORED_AT_ONCE, device=machine.device), machine)
+        for split in ("train", "val", "test")
+    }
+    fitted = fit(
+        method,
+        train=batches,
+        val=splits["val"],
+        plain=splits["train"],
+        recipe=prepared.recipe,
+        epochs=run.epochs,
+        machine=machine,
+        seed=run.seed,
+        grad_accum=run.grad_accum,
+        patience=run.patience,
+        keep="best" if run.patience is not None else run.keep,
+        folder=folder,
+        reporter=reporter,
+    )
+    arrays: dict[str, np.ndarray] = {}
+    scores = {}
+    for split in ("val", "test"):
+        clock = time.perf_counter()
+        said = predictions(method, splits[split])
+        machine.wait()
+        if said is None:
+            continue
+        ms_per_image = (time.perf_counter() - clock) * 1000 / len(said[1])
+        arrays |= {f"{split}_probabilities": said[0], f"{split}_labels": said[1]}
+        arrays[f"{split}_hashes"] = np.array(task.hashes(split))
+        scores[split] = score(*said)
+    exported = method.export().cpu().to(memory_format=torch.contiguous_format)
+    result = _result(prepared, "finished").model_copy(
+        update={
+            "phases": fitted.phases,
+            "epochs": len(fitted.history),
+            "val": scores.get("val"),
+            "test": scores.get("test"),
+            "kept": fitted.kept,
+            "parameters": Parameters(
+                trained=_learning(method, run.epochs),
+                shipped=sum(parameter.numel() for parameter in exported.parameters()),
+            ),
+            "peak_memory_mb": round(machine.peak_memory_mb(), 1),
+            "ms_per_image": round(ms_per_image, 3),
+            "diagnostics": method.diagnostics(),
+        }
+    )
+    if machine.main:
+        _write_npz(folder / "predictions.npz", arrays)
+        task.split.write(folder / "split.csv")
+        bundle.save(
+            folder / "model",
+            exported,
+            config=prepared.pretrained.config,
+            preprocess=prepared.pretrained.preprocess,
+            classes=task.classes,
+            card=_card(result, prepared),
+        )
+        result = result.model_copy(update={"seconds": round(time.perf_counter() - started, 2)})
+        _leave(folder, result, machine)
+        (folder / "last.pt").unlink(missing_ok=True)
+    reporter.row(result)
+    return result
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run: where it lies, what came out, and a model that predicts."""
+
+    folder: Path
+    result: Result
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The trained network, a plain module in eval mode."""
+        return self._predictor.net
+
+    def predict(self, paths: str | Path | list[str | Path]) -> list[Prediction]:
+        """Labels and probabilities of pictures: a file, a folder or a list of them."""
+        return self._predictor.predict(paths)
+
+    @cached_property
+    def _predictor(self) -> Predictor:
+        return load_model(self.folder)
+
+
+def train(
+    data: str | Path,
+    *,
+    out: str | Path,
+    resume: bool = True,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+    **fields: Any,
+) -> Trained:
+    """Fine-tune a network on a folder of pictures with one method.
+
+    Args:
+        data: a folder of class folders, or a CSV file.
+        out: folder for the run.
+        resume: go on with the same run where it was interrupted.
+        overwrite: replace another run that lies in `out`.
+        reporter: told what happens; None is quiet.
+        fields: fields of `headstart.Run`, such as `method="l2-sp"`, `epochs=20`, `hyper={"alpha": 0.1}`.
+
+    Raises:
+        HeadstartError: what was given cannot be used, or training could not go on.
+    """
+    reporter = reporter or Reporter()
+    run = Run.asked(data=str(data), **fields)
+    prepared = prepare(run, say=reporter.say)
+    reporter.begin(1)
+    reporter.run(prepared.name, 1, 1)
+    try:
+        result = execute(prepared, Path(out), resume=resume, overwrite=overwrite, reporter=reporter)
+    finally:
+        reporter.end()
+    return Trained(Path(out), result)
+
+
+def claim(
+    folder: Path, prepared: Prepared, *, resume: bool, overwrite: bool, main: bool = True
+) -> Result | None:
+    """Make a folder this run's own; the result that lies there, if the run is finished already.
+
+    Raises:
+        OutputError: something else lies there, or it cannot be written to.
+    """
+    note = folder / "run.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        holds = {entry.name for entry in folder.iterdir()}
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be used for the run: {error.strerror or error}.") from error
+    if holds and "run.json" not in holds:
+        raise OutputError(
+            f"{folder} holds something else ({', '.join(sorted(holds)[:3])}). "
+            "Give an empty or new folder with --out."
+        )
+    if holds:
+        there = _read_json(note).get("key")
+        if there == prepared.key:
+            finished = read_result(folder)
+            if finished is not None and finished.status == "finished":
+                return finished
+            if not resume and not overwrite:
+                raise OutputError(
+                    f"{folder} holds this run, unfinished. Go on with --resume, or start over with "
+                    "--overwrite."
+                )
+        elif not overwrite:
+            raise OutputError(
+                f"{folder} holds another run ({there}; this one is {prepared.key}). "
+                "Give another --out, or replace it with --overwrite."
+            )
+        if main and (overwrite and (there != prepared.key or not resume)):
+            for name in ("last.pt", "metrics.jsonl", "result.json", "predictions.npz", "run.json"):
+                (folder / name).unlink(missing_ok=True)
+    if main and not note.exists():
+        _write_json(note, {"key": prepared.key, "run": prepared.run.model_dump(mode="json")})
+    return None
+
+
+def read_result(folder: Path) -> Result | None:
+    """The `result.json` of a run's folder; None where there is none that can be read."""
+    try:
+        return Result.read(folder / "result.json")
+    except (OSError, ValueError):
+        return None
+
+
+def failed(prepared: Prepared, reason: str) -> Result:
+    """The record of a run that could not be finished."""
+    return _result(prepared, "failed").model_copy(update={"reason": reason})
+
+
+def _result(prepared: Prepared, status: Any) -> Result:
+    packages = ("headstart", "torch", "torchvision", "timm", "accelerate", "numpy")
+    return Result(
+        status=status,
+        run=prepared.run,
+        method=prepared.run.method,
+        preset=prepared.run.preset,
+        hyper=prepared.hyper,
+        model=prepared.pretrained.name,
+        recipe=prepared.recipe,
+        classes=prepared.task.classes,
+        fingerprints=prepared.fingerprints,
+        split_seed=prepared.task.split_seed,
+        seed=prepared.run.seed,
+        epochs=0,
+        versions={"python": platform.python_version()} | {name: version(name) for name in packages},
+    )
+
+
+def _leave(folder: Path, result: Result, machine: Machine) -> None:
+    if machine.main:
+        _write_json(folder / "result.json", result.model_dump(mode="json"))
+
+
+def _choose_layout(method: Method, batches: Any, folder: Path, machine: Machine, asked: bool | None) -> None:
+    """Measure the faster memory layout once per run: a resumed run must compute as it did before."""
+    note = folder / "run.json"
+    known = _read_json(note)
+    if asked is None:
+        asked = known.get("channels_last")
+    x, _ = next(iter(batches))
+    machine.choose_layout(method.net, x, asked)
+    if machine.main:
+        _write_json(note, known | {"channels_last": machine.channels_last})
+
+
+def _learning(method: Method, epochs: int) -> int:
+    """How many numbers learn in some phase of the plan."""
+    every = {id(p): p.numel() for phase in method.plan(epochs) for g in phase.groups for p in g.params}
+    return sum(every.values())
+
+
+def _card(result: Result, prepared: Prepared) -> dict[str, Any]:
+    return {
+        "method": result.method,
+        "paper": prepared.cls.paper,
+        "model": result.model,
+        "origin": prepared.pretrained.origin,
+        "licence": prepared.pretrained.licence,
+        "counts": prepared.task.counts,
+        "split_seed": result.split_seed,
+        "seed": result.seed,
+        "epochs": result.epochs,
+        "kept": result.kept,
+        "val": None if result.val is None else result.val.model_dump(),
+        "test": None if result.test is None else result.test.model_dump(),
+        "fingerprints": prepared.fingerprints.model_dump(),
+        "versions": result.versions,
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return read if isinstance(read, dict) else {}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with _whole(path) as fresh:
+        fresh.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    with _whole(path) as fresh, fresh.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Any:
+    """A path to write to that becomes `path` when all is written, or never."""
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield fresh
+        fresh.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} could not be written: {error.strerror or error}.") from error
+    finally:
+        fresh.unlink(missing_ok=True)
