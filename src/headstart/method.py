@@ -188,7 +188,7 @@ class Method(nn.Module):
         self.memory = Memory()  # what `enter` measured: saved, moved, the same on every rank
         self._phase: Phase | None = None
         self._at, self._epochs_done, self._entered = 0, 0, -1
-        self.register_load_state_dict_post_hook(_bring_memory)
+        self.register_load_state_dict_post_hook(_bring_memory)  # type: ignore[no-untyped-call]
 
     # ------------------------------------------------------------------ answered by each method
 

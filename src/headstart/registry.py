@@ -18,7 +18,15 @@ ROOMS = ("baseline", "constrain", "select", "reshape", "route")
 
 @functools.cache
 def _listed() -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=GROUP)}
+    found: dict[str, EntryPoint] = {}
+    for point in entry_points(group=GROUP):
+        other = found.setdefault(point.name, point)
+        if other.value != point.value:
+            raise MethodError(
+                f"Two installed packages offer a method called '{point.name}': {other.value} and "
+                f"{point.value}. Uninstall one of them."
+            )
+    return found
 
 
 def names() -> list[str]:
@@ -31,17 +39,23 @@ def get(name: str) -> type[Method]:
 
     Raises:
         ConfigError: no such method; says the nearest name.
-        MethodError: a third party's method that cannot be imported.
+        MethodError: a third party's method that cannot be imported, or does not say what it is.
     """
     points = _listed()
     if name not in points:
         raise ConfigError(unknown("method", name, points, hint="List them with: headstart methods"))
+    where = f"Method '{name}' ({points[name].value})"
     try:
         cls = points[name].load()
-    except (ImportError, AttributeError) as error:
-        raise MethodError(f"Method '{name}' ({points[name].value}) cannot be imported: {error}") from error
+    except Exception as error:  # somebody else's module can fail in any way
+        kind = type(error).__name__
+        raise MethodError(f"{where} cannot be imported: {kind}: {error}") from error
     if not (isinstance(cls, type) and issubclass(cls, Method)):
-        raise MethodError(f"Method '{name}' ({points[name].value}) is not a subclass of headstart.Method.")
+        raise MethodError(f"{where} is not a subclass of headstart.Method.")
+    if getattr(cls, "name", None) != name:
+        raise MethodError(f"{where} is listed as '{name}' and calls itself {getattr(cls, 'name', None)!r}.")
+    if getattr(cls, "room", None) not in ROOMS:
+        raise MethodError(f"{where} has room {getattr(cls, 'room', None)!r}. Allowed: {', '.join(ROOMS)}.")
     return cls
 
 

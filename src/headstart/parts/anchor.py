@@ -24,22 +24,24 @@ class Anchor(torch.autograd.Function):
     def forward(ctx: Any, strength: float, n: int, *tensors: Tensor) -> Tensor:
         """The value [] in float32 (float64 for float64 weights)."""
         weights, anchors = list(tensors[:n]), list(tensors[n:])
+        ctx.strength, ctx.n, ctx.given = strength, n, len(tensors)
+        if not weights or strength == 0:
+            return torch.zeros((), device=tensors[0].device if tensors else None)
         wide = [torch.promote_types(weight.dtype, torch.float32) for weight in weights]
         weights = [weight.to(dtype) for weight, dtype in zip(weights, wide, strict=True)]
         if anchors:
             anchors = [anchor.to(dtype) for anchor, dtype in zip(anchors, wide, strict=True)]
             weights = list(torch._foreach_sub(weights, anchors))
-        ctx.strength, ctx.n, ctx.owned = strength, n, bool(anchors)
         ctx.save_for_backward(*weights)
         ctx.dtypes = [tensor.dtype for tensor in tensors[:n]]
-        if not weights or strength == 0:
-            return torch.zeros((), device=tensors[0].device if tensors else None)
         norms = torch.stack(torch._foreach_norm(weights))
         return 0.5 * strength * norms.square().sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """strength · (w − a) for the weights, nothing for the anchors."""
-        pulls = list(torch._foreach_mul(list(ctx.saved_tensors), grad * ctx.strength)) if ctx.n else []
+        if ctx.strength == 0 or ctx.n == 0:
+            return (None, None, *([None] * ctx.given))
+        pulls = list(torch._foreach_mul(list(ctx.saved_tensors), grad * ctx.strength))
         pulls = [pull.to(dtype) for pull, dtype in zip(pulls, ctx.dtypes, strict=True)]
-        return (None, None, *pulls, *([None] * (ctx.n if ctx.owned else 0)))
+        return (None, None, *pulls, *([None] * (ctx.given - ctx.n)))

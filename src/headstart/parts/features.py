@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from headstart.errors import MethodError
+
 
 def features(net: nn.Module, head: str, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Run the network in eval mode and keep the input of its head.
@@ -18,6 +20,9 @@ def features(net: nn.Module, head: str, batches: Iterable[tuple[Tensor, Tensor]]
 
     Returns:
         Features [N, D] as float32 and labels [N], both on the CPU.
+
+    Raises:
+        MethodError: no batches, or a head that the network does not call exactly once.
     """
     seen: list[Tensor] = []
     labels: list[Tensor] = []
@@ -36,4 +41,11 @@ def features(net: nn.Module, head: str, batches: Iterable[tuple[Tensor, Tensor]]
         hook.remove()
         for module in was_training:
             module.training = True
+    if not labels:
+        raise MethodError("There are no pictures to take features from.")
+    if len(seen) != len(labels):
+        raise MethodError(
+            f"The network calls its head '{head}' {len(seen)} times for {len(labels)} batches; once for each "
+            "is needed. Name another head with head='...'."
+        )
     return torch.cat(seen).clone(), torch.cat(labels).clone()

@@ -17,7 +17,8 @@ def reinitialise(net: nn.Module) -> None:
     with torch.no_grad():
         for module in net.modules():
             if isinstance(module, nn.Conv2d):
-                init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if bool(module.weight.any()):
+                    init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 _zero(module.bias)
             elif isinstance(module, nn.Linear):
                 if bool(module.weight.any()):

@@ -45,7 +45,7 @@ def solve(
         y: labels [N]; every class must occur.
         classes: K.
         val: features and labels to choose C on; None: 3-fold cross-validation inside the training data.
-        grid: values of C to choose from.
+        grid: values of C to choose from; one value is taken without choosing.
         class_weight: [K], multiplies the loss of each picture by its class's weight.
 
     Returns:
@@ -61,7 +61,9 @@ def solve(
     features = (features - mean) / scale
     weights = None if class_weight is None else class_weight.double().cpu().numpy()[labels]
 
-    if val is None:
+    if len(grid) == 1:
+        losses = {grid[0]: float("nan")}  # nothing to choose
+    elif val is None:
         losses = _cross_validated(features, labels, weights, grid, classes)
     else:
         held, truth = (val[0].double().numpy() - mean) / scale, val[1].numpy()
@@ -90,7 +92,9 @@ def _fit(
     weights: np.ndarray | None,
     start: LogisticRegression | None = None,
 ) -> LogisticRegression:
-    model = LogisticRegression(C=C, max_iter=400, tol=1e-5, warm_start=start is not None)
+    # Of two classes sklearn keeps one row, the difference of ours; ‖w₁‖² + ‖w₀‖² is half its square.
+    strength = 2 * C if y.max() < 2 else C
+    model = LogisticRegression(C=strength, max_iter=400, tol=1e-5, warm_start=start is not None)
     if start is not None:
         model.coef_, model.intercept_, model.classes_ = start.coef_, start.intercept_, start.classes_
     with warnings.catch_warnings():
@@ -124,7 +128,7 @@ def _cross_validated(
 ) -> dict[float, float]:
     rarest = int(np.bincount(y).min())
     if rarest < 2:
-        return {1e-2: float("nan")}  # nothing to choose on: a middling penalty
+        return {sorted(grid)[len(grid) // 2]: float("nan")}  # nothing to choose on: a middling penalty
     folds = StratifiedKFold(min(3, rarest), shuffle=True, random_state=0)
     rows = [
         _along(grid, x[a], y[a], None if weights is None else weights[a], x[b], y[b], classes)

@@ -39,9 +39,8 @@ class Memory(nn.Module):
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         # The saved entries replace ours whole: shapes may differ, and what was not saved was not measured.
-        device = next((value.device for value in self._buffers.values() if value is not None), None)
         self._buffers.clear()
         for key, value in state_dict.items():
             if key.startswith(prefix):
-                self[key.removeprefix(prefix)] = value if device is None else value.to(device)
+                self[key.removeprefix(prefix)] = value
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from headstart.method import Data, Method, Phase, Preset, Room
-from headstart.methods.baseline.probe import solve_head
+from headstart.methods.baseline.probe import chosen, solve_head
 from headstart.parts.statistics import has_batchnorm
 
 
@@ -74,4 +74,4 @@ class LPFT(Method):
 
     def diagnostics(self) -> dict[str, Any]:
         """The penalty that was chosen for the head."""
-        return {"C": float(self.memory["probe_C"])} if "probe_C" in self.memory else {}
+        return chosen(self)

@@ -23,6 +23,7 @@ Differs from the paper:
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from headstart.errors import MethodError
 from headstart.method import Loss, Method, Phase, Preset, Room
 from headstart.parts.anchor import Anchor
+from headstart.parts.kernels import is_kernel
 
 
 class L2SP(Method):
@@ -39,8 +41,8 @@ class L2SP(Method):
         alpha: α, strength of the pull on the weights shared with the source. 0.01: default of the official
             code (Dogs script: 0.1).
         beta: β, strength of the decay of the new head. 0.01: the paper found it best throughout.
-        params: which weights are pulled: "kernels" (two or more dimensions; the official code) or "all"
-            (also norms and biases; the paper's formula, and TLlib).
+        params: which weights are pulled: "kernels" (two or more dimensions, no learned tokens; the official
+            code) or "all" (also norms, biases and tokens; the paper's formula, and TLlib).
         body_lr: rate of the body, × the run's. 1.
         head_lr: rate of the head, × the run's. 10, as for `full`, so that the two differ by the penalty only.
     """
@@ -97,23 +99,34 @@ class L2SP(Method):
         super().__init__(net, classes, **given)
         self.alpha, self.beta = alpha, beta
         self.body_lr, self.head_lr = body_lr, head_lr
-        start = dict(self.source.named_parameters())
-        in_head = {id(parameter) for parameter in self.head_module.parameters()}
+        # Tied weights under all their names: which one comes first may change with the head.
+        start = dict(self.source.net.named_parameters(remove_duplicate=False))
+        fresh = {id(each) for each in self.head_module.parameters()} if classes is not None else set()
+        unmatched = []
         self._shared: list[nn.Parameter] = []  # S
         self._start: list[Tensor] = []  # w⁰, the source's own storage: follows it to any device
         self._new: list[nn.Parameter] = []  # S̄
         for name, parameter in self.net.named_parameters():
-            if params == "kernels" and parameter.ndim < 2:
+            if params == "kernels" and not is_kernel(name, parameter):
                 continue
             here = start.get(name)
-            if id(parameter) not in in_head and here is not None and here.shape == parameter.shape:
+            if id(parameter) in fresh:
+                self._new.append(parameter)
+            elif here is not None and here.shape == parameter.shape:
                 self._shared.append(parameter)
                 self._start.append(here)
             else:
                 self._new.append(parameter)
+                unmatched.append(name)
         if not self._shared:
             raise MethodError(
                 "l2-sp found no weight that the network shares with its source by name and shape."
+            )
+        if unmatched:
+            warnings.warn(
+                f"l2-sp: the source has no weight of this name and shape, so these decay like a new head: "
+                f"{', '.join(unmatched[:5])}{' ...' if len(unmatched) > 5 else ''}.",
+                stacklevel=2,
             )
 
     def objective(self, x: Tensor, y: Tensor) -> Loss:
