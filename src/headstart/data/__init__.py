@@ -1,0 +1,1 @@
+"""Pictures: found, checked, split, decoded once, and handed to training as tensors."""
