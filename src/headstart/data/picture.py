@@ -185,9 +185,13 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        clear = image.convert("RGBA")
-        white = Image.new("RGBA", clear.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, clear).convert("RGB")
+        clear = image if image.mode == "RGBA" else image.convert("RGBA")
+        alpha = clear.getchannel("A")
+        if alpha.getextrema() == (255, 255):
+            return clear.convert("RGB")
+        white = Image.new("RGB", clear.size, (255, 255, 255))
+        white.paste(clear.convert("RGB"), mask=alpha)
+        return white
     return image.convert("RGB")
 
 

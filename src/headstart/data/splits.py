@@ -306,7 +306,7 @@ class _Units:
         if lost:
             raise DataError(
                 f"All training pictures of {self._names(lost)} are copies (or of the groups) of pictures in "
-                "val or test. Learning from them would make the scores worthless: add other training pictures."
+                "val or test. Learning from them would make the scores worthless: add other pictures."
             )
         sides[:] = kept
         for side, count in sorted(dropped.items()):
