@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlparse
+from urllib.request import Request, urlopen
 
 import torch
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -22,6 +24,9 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progr
 from headstart.errors import ModelError, Unreachable
 from headstart.nets import architecture
 from headstart.nets.architecture import Architecture, first_line, quiet
+
+# Seconds to wait for a server's first answer.
+_PATIENCE = 10
 
 # timm prefers them in this order.
 FILES = ("model.safetensors", "pytorch_model.bin")
@@ -70,6 +75,8 @@ def described(name: str) -> Architecture:
         try:
             path = try_to_load_from_cache(repository, "config.json", revision=revision or None)
             if not isinstance(path, str):
+                if not reachable(repository):
+                    raise ConnectionError(repository)
                 path = hf_hub_download(repository, "config.json", revision=revision or None)
         except HFValidationError as error:
             raise ModelError(f"'{name}' is neither a model of timm's nor a repository's name.") from error
@@ -89,6 +96,27 @@ def described(name: str) -> Architecture:
         found.kwargs,
         {**found.pretrained_cfg, "hf_hub_id": name, "source": "hf-hub"},
     )
+
+
+def reachable(place: str) -> bool:
+    """Whether a server answers at all; asked first, because the clients retry for most of a minute.
+
+    Args:
+        place: "https://...", or a repository of the Hugging Face Hub.
+    """
+    if not place.startswith(("http://", "https://")):
+        if constants.HF_HUB_OFFLINE:
+            return False
+        place = constants.ENDPOINT
+    try:
+        with urlopen(Request(place, method="HEAD"), timeout=_PATIENCE):
+            return True
+    except HTTPError:
+        return True  # it answered
+    except URLError as error:
+        return isinstance(error.reason, ssl.SSLError)  # the clients may know certificates that we do not
+    except (OSError, ValueError):
+        return False
 
 
 def offline(error: BaseException) -> bool:

@@ -225,6 +225,8 @@ def _from_timm(model: str, architecture: Architecture, say: Callable[[str], None
         cfg = {key: value for key, value in cfg.items() if key not in SOURCE_KEYS}
         cfg = {**cfg, **own_format, "file": str(local)}
     else:
+        if not hub.reachable(str(place)):
+            raise Unreachable(_unreachable(model, place))
         say(f"Fetching the weights of {model} from {place}.")
     headless = architecture.num_classes == 0
     with quiet(), hub.no_bars():
@@ -240,13 +242,16 @@ def _from_timm(model: str, architecture: Architecture, say: Callable[[str], None
                 net.reset_classifier(_PLACEHOLDER_CLASSES)  # type: ignore[operator]
         except hub.FAILURES as error:
             if local is None and hub.offline(error):
-                raise Unreachable(
-                    f"The weights of '{model}' are not on this machine and {place} cannot be reached. "
-                    f"Give them with --weights FILE, or use the default model '{DEFAULT}', which needs "
-                    "no network."
-                ) from error
+                raise Unreachable(_unreachable(model, place)) from error
             raise ModelError(f"'{model}' cannot be loaded: {first_line(error)}") from error
     return net.eval(), str(local or place)
+
+
+def _unreachable(model: str, place: Any) -> str:
+    return (
+        f"The weights of '{model}' are not on this machine and {place} cannot be reached. Give them with "
+        f"--weights FILE, or use the default model '{DEFAULT}', which needs no network."
+    )
 
 
 def _check_head(net: nn.Module, model: str) -> None:

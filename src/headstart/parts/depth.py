@@ -33,10 +33,12 @@ def _by_timm(net: Grouped) -> dict[str, int]:
     from timm.models._manipulate import group_with_matcher
 
     assert isinstance(net, nn.Module)
-    convolutional = any(
-        isinstance(each, nn.Conv2d) and each.kernel_size[0] in (1, 3) for each in net.modules()
-    )
-    matcher = net.group_matcher(coarse=convolutional)
+    # Convolutions that overlap: patch embeddings and pointwise ones do not, and stems have few.
+    overlapping = sum(isinstance(m, nn.Conv2d) and m.kernel_size[0] > m.stride[0] for m in net.modules())
+    try:
+        matcher = net.group_matcher(coarse=overlapping > 4)
+    except AssertionError:  # RDNet knows its blocks only
+        matcher = net.group_matcher(coarse=False)
     layers: dict[str, int] = group_with_matcher(net.named_parameters(), matcher, reverse=True)
     return layers
 

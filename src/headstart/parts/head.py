@@ -26,21 +26,32 @@ class Classifier(Protocol):
 def find_head(net: nn.Module) -> str:
     """The dotted name of the head.
 
-    timm's `get_classifier` where the network has it, else the last Linear (or 1×1 Conv2d) in the order in
-    which modules were registered.
+    What timm's `get_classifier` gives where the network has it, or the layer as wide as the network's
+    classes inside of that; else the last Linear (or 1×1 Conv2d) in the order in which modules were
+    registered.
 
     Raises:
-        MethodError: there is none, or there is more than one (distilled ViTs with two heads).
+        MethodError: there is none, or there is more than one (distillation heads).
     """
     names: dict[int, str] = {id(module): name for name, module in net.named_modules()}
     if isinstance(net, Classifier):
         found = net.get_classifier()
-        if isinstance(found, nn.Module) and id(found) in names and _makes_logits(found):
-            return names[id(found)]
         if isinstance(found, tuple | list):
-            raise MethodError(
-                f"{type(net).__name__} has {len(found)} heads; give the one to use as head='name'."
-            )
+            raise MethodError(_several(net, len(found)))
+        if isinstance(found, nn.Module) and id(found) in names:
+            if _makes_logits(found):
+                return names[id(found)]
+            inside = [module for module in found.modules() if _makes_logits(module)]
+            wide = [module for module in inside if _width(module) == getattr(net, "num_classes", None)]
+            if len(wide) > 1:
+                raise MethodError(_several(net, len(wide)))
+            if wide or inside:
+                return names[id((wide or inside)[-1])]
+            if not any(True for _ in found.parameters()):
+                raise MethodError(
+                    f"This {type(net).__name__} has no head. Build it with one: num_classes=... or "
+                    "net.reset_classifier(...)."
+                )
     last: list[str] = [name for name, module in net.named_modules() if name and _makes_logits(module)]
     if not last:
         raise MethodError(
@@ -80,4 +91,15 @@ def replace_head(net: nn.Module, name: str, classes: int) -> None:
 def _makes_logits(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or (
         isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
+    )
+
+
+def _width(module: nn.Module) -> int:
+    return module.out_channels if isinstance(module, nn.Conv2d) else int(module.out_features)  # type: ignore[arg-type]
+
+
+def _several(net: nn.Module, count: int) -> str:
+    return (
+        f"{type(net).__name__} answers with {count} heads at once, and a method trains one. "
+        "Take a network of its kind that has a single head."
     )

@@ -1,0 +1,110 @@
+"""The strong, plain recipe per family of networks: what a comparison has to be fair to.
+
+All values are for batches of 32 to 64 and hundreds to thousands of labels. Origins, by letter:
+
+    [B]  BiT-HyperRule (Kolesnikov et al., arXiv 1912.11370): SGD, momentum 0.9, one rule for all tasks
+    [K]  Kornblith et al., arXiv 1805.08974: Nesterov momentum; 0.01 lies inside the range that wins
+    [L]  Li et al., "Rethinking the hyperparameters for fine-tuning", arXiv 2002.11770: what matters is
+         lr / (1 - momentum); 0.001 to 0.03 at momentum 0.9, weight decay 0 to 5e-4
+    [C]  ConvNeXt's fine-tuning recipe (Liu et al., arXiv 2201.03545, appendix A.2): AdamW, 5e-5, cosine
+    [V]  AdamW at 5e-4 or more destroys a ViT-B on near domains, 1e-5 to 3e-4 is safe (VTAB-1k logs of
+         Mai et al., arXiv 2409.16434); weight decay 0.05, warm-up of 10 %, norm clipped at 1
+    [S]  label smoothing 0.1: Szegedy et al., arXiv 1512.00567
+    [T]  statistics of BatchNorm: kept at evaluation's values where batches or data are small; the
+         literature is split for the rest, so a run may ask for either
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from headstart.records import Norm, Recipe
+
+Family = Literal["batchnorm-cnn", "layernorm-cnn", "plain-cnn", "transformer"]
+
+# [T] Below these a batch's statistics are too noisy to train with.
+FEW_PICTURES = 500
+SMALL_BATCH = 16
+
+
+def family(net: nn.Module) -> Family:
+    """What kind of network this is, found from its modules and never from its name.
+
+    - "transformer": two or more layers of multi-head attention (ViT, Swin, MaxViT, MobileViT). One alone
+      is a pooling layer (CLIP's ResNets).
+    - "batchnorm-cnn": most norms are BatchNorm (ResNet, RegNet, EfficientNet).
+    - "layernorm-cnn": most norms look at one picture at a time over all its channels (ConvNeXt, PoolFormer,
+      MLP-Mixer, which learns as these do).
+    - "plain-cnn": GroupNorm, or no norms at all (BiT, NFNet, VGG).
+    """
+    if sum(_attends(module) for module in net.modules()) >= 2:
+        return "transformer"
+    batch = layer = group = 0
+    for module in net.modules():
+        if isinstance(module, _BatchNorm):
+            batch += 1
+        elif isinstance(module, nn.GroupNorm) and module.num_groups > 1:
+            group += 1
+        elif isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm):
+            layer += 1
+    if batch and batch >= max(layer, group):
+        return "batchnorm-cnn"
+    return "layernorm-cnn" if layer and layer >= group else "plain-cnn"
+
+
+def recipe(net: nn.Module, *, train_size: int, batch_size: int) -> Recipe:
+    """The baseline recipe for this network on this much data.
+
+    Args:
+        net: the network; only its modules are looked at.
+        train_size: pictures to learn from.
+        batch_size: pictures per step on one device.
+    """
+    kind = family(net)
+    norm: Norm = "eval" if train_size < FEW_PICTURES or batch_size < SMALL_BATCH else "train"  # [T]
+    if kind == "batchnorm-cnn":
+        return Recipe(
+            optimizer="sgd",  # [B] [K]
+            lr=0.01,  # [K] [L]
+            momentum=0.9,  # [B]
+            nesterov=True,  # [K]
+            weight_decay=1e-4,  # [L]
+            schedule="cosine",
+            warmup=0.05,
+            label_smoothing=0.1,  # [S]
+            clip=None,
+            norm=norm,
+        )
+    if kind == "plain-cnn":
+        return Recipe(
+            optimizer="sgd",  # [B], whose networks have GroupNorm
+            lr=0.01,
+            momentum=0.9,
+            nesterov=True,
+            weight_decay=1e-4,
+            schedule="cosine",
+            warmup=0.05,
+            label_smoothing=0.1,
+            clip=1.0,  # nothing else bounds a step here; NFNets are trained with clipping (arXiv 2102.06171)
+            norm=norm,
+        )
+    return Recipe(
+        optimizer="adamw",  # [C] [V]
+        lr=1e-4 if kind == "layernorm-cnn" else 5e-5,  # [V]; [C] has 5e-5 at batches of 512
+        momentum=0.9,
+        weight_decay=0.05,  # [V]
+        schedule="cosine",
+        warmup=0.1,  # [V]
+        label_smoothing=0.1,
+        clip=1.0,  # [V]
+        norm=norm,  # MobileViT and its like have BatchNorm too
+    )
+
+
+def _attends(module: nn.Module) -> bool:
+    # torch's and timm's attention layers all say how many heads they have.
+    said = any(isinstance(getattr(module, name, None), int) for name in ("num_heads", "heads"))
+    return said and any(True for _ in module.parameters())
