@@ -8,7 +8,7 @@ import threading
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
@@ -54,6 +54,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION = 0x0112
+_STRIP = 1 << 20  # pixels
+_GIANT = 24_000_000  # pixels; one picture of this size or more is decoded at a time
 
 
 class Unreadable(DataError):
@@ -120,6 +122,11 @@ class _Collector:
 
 
 _collect = _Collector()
+_alone = threading.Lock()
+
+
+def _is_giant(image: Image.Image) -> bool:
+    return image.width * image.height >= _GIANT
 
 
 def open_picture(source: str | Path | BinaryIO) -> Image.Image:
@@ -157,7 +164,7 @@ def open_with_notes(source: str | Path | BinaryIO, name: str | None = None) -> t
                 stream: BinaryIO = io.BytesIO(content)
             else:
                 stream = source
-            with Image.open(stream) as image:
+            with Image.open(stream) as image, _alone if _is_giant(image) else nullcontext():
                 image.load()
                 picture = _rgb(image)
                 orientation = _orientation(image, notes)
@@ -185,14 +192,19 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        clear = image if image.mode == "RGBA" else image.convert("RGBA")
-        alpha = clear.getchannel("A")
-        if alpha.getextrema() == (255, 255):
-            return clear.convert("RGB")
-        white = Image.new("RGB", clear.size, (255, 255, 255))
-        white.paste(clear.convert("RGB"), mask=alpha)
-        return white
+        return _on_white(image)
     return image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """A picture with transparency, laid on white."""
+    white = Image.new("RGB", image.size, (255, 255, 255))
+    # In strips: one picture of 169 million pixels would otherwise be held four times over.
+    rows = max(1, _STRIP // max(1, image.width))
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
+        white.paste(strip.convert("RGB"), (0, top), mask=strip.getchannel("A"))
+    return white
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
