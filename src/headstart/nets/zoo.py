@@ -69,23 +69,17 @@ def load(
     if img_size is not None and img_size < 1:
         raise ModelError(f"img_size is a number of pixels above 0; {img_size} was given.")
     folder = _folder(model)
-    if folder is not None:
-        architecture, own_weights = _from_folder(folder)
-        licence = architecture.pretrained_cfg.get("license")
-    else:
-        architecture, own_weights = _from_name(model), None
-        licence = architecture.pretrained_cfg.get("license")
-    if weights is not None:
-        beside = _beside(Path(weights), architecture.name)
-        if beside is not None:
-            architecture, licence = beside, beside.pretrained_cfg.get("license")
-        elif licence is not None:
-            licence = None  # that of the weights timm would have used, not of these
+    architecture, own_weights = _from_folder(folder) if folder is not None else (_from_name(model), None)
+    if not pretrained:
+        architecture = _of_unknown_weights(architecture)
+    elif weights is not None:
         own_weights = Path(weights).expanduser()
+        architecture = _of_weights(own_weights, architecture)
+    licence = architecture.pretrained_cfg.get("license")
     architecture = _sized(architecture, img_size)
     matched: Report | None = None
     if not pretrained:
-        net, origin, licence = _headed(architecture).build(), "random weights", None
+        net, origin = _headed(architecture).build(), "random weights"
     elif own_weights is not None:
         state, wrapper = read(own_weights)
         net, matched = fit(_headed(architecture), state, where=str(own_weights), wrapper=wrapper)
@@ -98,7 +92,7 @@ def load(
     else:
         net, origin = _from_timm(model, architecture, say)
     _check_head(net, model)
-    preprocess = _preprocess(architecture, model)
+    preprocess = preprocessing(architecture, model)
     if img_size is not None:
         _try(net, img_size, model)
     return Pretrained(
@@ -178,12 +172,23 @@ def _from_name(model: str) -> Architecture:
     return Architecture(base, int(cfg.get("num_classes", 1000)), {}, cfg)
 
 
-def _beside(weights: Path, architecture: str) -> Architecture | None:
-    """What the config.json beside a weights file says, where it is of the same architecture."""
-    if weights.name not in _WEIGHT_FILES or not (weights.parent / "config.json").is_file():
-        return None
-    found = described(weights.parent)
-    return found if found.name == architecture else None
+def _of_weights(weights: Path, architecture: Architecture) -> Architecture:
+    """The architecture with what the config.json beside a weights file says, where it is of the same one.
+
+    Without one the preprocessing is that of the architecture's usual weights; who made these and under
+    which licence is not known.
+    """
+    if (weights.parent / "config.json").is_file() and weights.name in _WEIGHT_FILES:
+        found = described(weights.parent)
+        if found.name == architecture.name:
+            return found
+    return _of_unknown_weights(architecture)
+
+
+def _of_unknown_weights(architecture: Architecture) -> Architecture:
+    gone = (*SOURCE_KEYS, "license", "tag", "origin_url", "description", "label_names")
+    cfg = {key: value for key, value in architecture.pretrained_cfg.items() if key not in gone}
+    return replace(architecture, pretrained_cfg=cfg)
 
 
 def _sized(architecture: Architecture, img_size: int | None) -> Architecture:
@@ -265,7 +270,12 @@ def _classes(net: nn.Module) -> int:
     return len(net.get_submodule(find_head(net)).get_parameter("weight"))
 
 
-def _preprocess(architecture: Architecture, model: str) -> Preprocess:
+def preprocessing(architecture: Architecture, model: str) -> Preprocess:
+    """What the config of an architecture's weights says of preprocessing.
+
+    Raises:
+        ModelError: not square, or not RGB.
+    """
     found: dict[str, Any] = resolve_data_config(  # type: ignore[no-untyped-call]
         pretrained_cfg=architecture.pretrained_cfg or {"input_size": (3, 224, 224)}
     )
