@@ -116,7 +116,8 @@ class _Collector:
             if notes is None:
                 before(message, category, filename, lineno, file, line)
             else:
-                notes.append(" ".join(str(message).split()))
+                giant = issubclass(category, Image.DecompressionBombWarning)
+                notes.append("very many pixels" if giant else " ".join(str(message).split()).rstrip("."))
 
         warnings.showwarning = show
 
