@@ -1,0 +1,169 @@
+"""What lies in a comparison's folder: which runs are finished, and the table of all runs."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from headstart.comparison.statistics import Answers
+from headstart.errors import OutputError
+from headstart.records import Result, Run, Score
+
+Status = Literal["pending", "finished", "failed", "interrupted"]
+SPLITS = ("val", "test")
+
+
+@dataclass
+class Entry:
+    """One run of the comparison, and how it stands."""
+
+    label: str
+    run: Run
+    status: Status = "pending"
+    reason: str | None = None
+    folder: str | None = None  # relative to the comparison's folder; None until the data were looked at
+    result: Result | None = None  # of a finished run
+    answers: dict[str, Answers] = field(default_factory=dict)  # by split, of a finished run
+
+
+class Unusable(Exception):
+    """A finished run whose files cannot be used any more; the text says why."""
+
+
+def look(folder: Path) -> tuple[Result, dict[str, Answers]] | None:
+    """The finished run that lies in a folder; None where there is none, or one that did not finish.
+
+    Raises:
+        Unusable: files that are cut off or do not fit together. Such a run has to be done again.
+    """
+    try:
+        result = Result.read(folder / "result.json")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise Unusable("its result.json cannot be read") from error
+    if result.status != "finished":
+        return None
+    if result.val is None or result.test is None:
+        raise Unusable("its result.json has no scores")
+    return result, answers(folder, result)
+
+
+def answers(folder: Path, result: Result) -> dict[str, Answers]:
+    """Which pictures a run got right, by split, from its predictions.npz.
+
+    Raises:
+        Unusable: no such file, one that is cut off, or one of another run.
+    """
+    found = {}
+    try:
+        with np.load(folder / "predictions.npz", allow_pickle=False) as arrays:
+            for split in SPLITS:
+                probabilities = arrays[f"{split}_probabilities"]  # [N, K]
+                right = probabilities.argmax(axis=1) == arrays[f"{split}_labels"]
+                found[split] = Answers(right, arrays[f"{split}_hashes"].astype(np.str_))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise Unusable("its predictions.npz cannot be read") from error
+    for split, score in (("val", result.val), ("test", result.test)):
+        n = len(found[split].right)
+        if score is None or n != score.n or n != len(found[split].hashes) or n == 0:
+            raise Unusable("its predictions.npz and result.json are not of the same run")
+    return found
+
+
+COLUMNS = (
+    *("method", "preset", "seed", "status", "reason"),
+    *(f"{split}_{name}" for split in SPLITS for name in Score.model_fields),
+    *("seconds", "peak_memory_mb", "ms_per_image", "trained", "shipped"),
+    *("epochs", "kept", "split_seed", "model", "folder"),
+)
+
+
+def flat(entry: Entry) -> dict[str, Any]:
+    """One run as one row of results.csv; what is not known is None."""
+    row: dict[str, Any] = dict.fromkeys(COLUMNS)
+    row |= {
+        "method": entry.run.method,
+        "preset": entry.run.preset,
+        "seed": entry.run.seed,
+        "status": entry.status,
+        "reason": entry.reason,
+        "model": entry.run.model,
+        "folder": entry.folder,
+    }
+    result = entry.result
+    if result is None:
+        return row
+    for split, score in (("val", result.val), ("test", result.test)):
+        if score is not None:
+            row |= {f"{split}_{name}": value for name, value in score.model_dump().items()}
+    for name in ("seconds", "peak_memory_mb", "ms_per_image", "epochs", "kept", "split_seed"):
+        row[name] = getattr(result, name)
+    if result.parameters is not None:
+        row |= result.parameters.model_dump()
+    return row
+
+
+def write_table(path: Path, entries: Sequence[Entry]) -> None:
+    """Write results.csv: one row per run, in the order of the comparison."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat(entry) for entry in entries)
+    write(path, text.getvalue())
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written; what was there before is still there.
+    """
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with fresh.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} could not be written: {error.strerror or error}.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            fresh.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other comparisons out of a folder; the lock goes with the process, however it ends.
+
+    Raises:
+        OutputError: another comparison is at work there.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock; two comparisons in one folder are the user's to avoid
+        yield
+        return
+    try:
+        handle = (folder / ".lock").open("w")
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be written to: {error.strerror or error}.") from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"Another comparison is at work in {folder}. Wait for it, or give another --out."
+            ) from None
+        yield
