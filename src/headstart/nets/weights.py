@@ -46,6 +46,12 @@ _WRAPPERS = (
 # Buffers that a network makes for itself; files written by other versions lack or have them.
 _DERIVED = ("num_batches_tracked", "relative_position_index", "relative_coords_table", "attn_mask", "k_idx")
 
+# What DDP, torch.compile and common training scripts put before every name.
+_WRAPPED = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.", "encoder.")
+
+# How files of torch.save begin: a zip archive, or a pickle as before torch 1.6.
+_TORCH = (b"PK", b"\x80")
+
 # Norm scales and shifts may be called otherwise in a file (fc_norm for norm); kernels may not be missing.
 _MAY_LACK = 0.02
 
@@ -101,7 +107,12 @@ def read(path: Path) -> tuple[State, str]:
         raise ModelError(f"'{path}' cannot be read: {error.strerror}.") from error
     if not begins:
         raise ModelError(f"The weights file '{path}' is empty.")
-    found = _safetensors(path) if _is_safetensors(path, begins) else _pickled(path)
+    if _is_safetensors(path, begins):
+        found: Any = _safetensors(path)
+    elif begins.startswith(_TORCH):
+        found = _pickled(path)
+    else:
+        raise ModelError(f"'{path}' is not a weights file: neither safetensors nor torch.save.")
     state, wrapper = _unwrapped(found, path)
     broken = [name for name, value in state.items() if value.is_floating_point() and not _finite(value)]
     if broken:
@@ -134,9 +145,10 @@ def fit(
     fitted, prefix = _without_prefix(state, net)
     report = _compare(fitted, net, wrapper, prefix)
     if _refusal(report, net, head):
-        translated = _translated(architecture.name, fitted, net)
+        bare, common = (fitted, prefix) if prefix else _without_wrapping(state)
+        translated = _translated(architecture.name, bare, net)
         if translated is not None:
-            again = _compare(translated, net, wrapper, prefix)
+            again = _compare(translated, net, wrapper, common)
             if again.matched > report.matched:
                 fitted, report = translated, again
     reason = _refusal(report, net, head)
@@ -235,6 +247,18 @@ def _without_prefix(state: State, net: nn.Module) -> tuple[State, str]:
     # A head may stand beside the wrapped body under its plain name.
     beside = {name: value for name, value in state.items() if not name.startswith(prefix)}
     return {**beside, **cut_off}, prefix
+
+
+def _without_wrapping(state: State) -> tuple[State, str]:
+    """The state without what wrappers put before every name; for names that match in no form as they are."""
+    prefix = ""
+    while True:
+        for each in _WRAPPED:
+            if all(name.startswith(prefix + each) for name in state):
+                prefix += each
+                break
+        else:
+            return {name[len(prefix) :]: value for name, value in state.items()}, prefix
 
 
 def _translated(name: str, state: State, net: nn.Module) -> State | None:

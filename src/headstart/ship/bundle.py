@@ -195,6 +195,8 @@ def _config(
         "std": list(preprocess.std),
         "num_classes": len(classes),
     }
+    if "licence" in card:  # what is known of the weights themselves, rather than of timm's usual ones
+        kept["license"] = card["licence"]
     document: dict[str, Any] = {
         "architecture": None if architecture is None else architecture.name,
         "num_classes": len(classes),
