@@ -108,7 +108,7 @@ def _frozen(value: Any) -> Any:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep the warnings and log lines of timm and the Hugging Face client to themselves."""
-    loggers = [logging.getLogger(name) for name in ("timm", "huggingface_hub", "httpx")]
+    loggers = [logging.getLogger(name) for name in ("timm", "huggingface_hub", "httpx", "httpx2")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlparse
@@ -20,6 +22,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from safetensors import SafetensorError
 
 from headstart.errors import ModelError, Unreachable
 from headstart.nets import architecture
@@ -31,8 +34,31 @@ _PATIENCE = 10
 # timm prefers them in this order.
 FILES = ("model.safetensors", "pytorch_model.bin")
 
+
+def _transport_errors() -> tuple[type[Exception], ...]:
+    """What the HTTP library of the Hugging Face client raises when a connection fails or breaks off.
+
+    The client changed its library twice (requests, httpx, httpx2): it is found from the client's own error.
+    """
+    library = import_module(HfHubHTTPError.__mro__[1].__module__.partition(".")[0])
+    named = (getattr(library, name, None) for name in ("TransportError", "ConnectionError", "Timeout"))
+    return tuple(each for each in named if isinstance(each, type) and issubclass(each, Exception))
+
+
+TRANSPORT = _transport_errors()
+
 # What timm, torch.hub and the Hugging Face client raise: HTTP errors and no network are OSErrors too.
-FAILURES = (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError)
+FAILURES: tuple[type[Exception], ...] = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AssertionError,
+    UnpicklingError,
+    SafetensorError,
+    *TRANSPORT,
+)
 
 
 def cached(config: Mapping[str, Any]) -> Path | None:
@@ -127,7 +153,7 @@ def offline(error: BaseException) -> bool:
             return True
         if isinstance(seen, HfHubHTTPError):
             return seen.response.status_code >= 500
-        if isinstance(seen, URLError) or type(seen).__name__ in ("ConnectError", "ConnectTimeout"):
+        if isinstance(seen, (URLError, *TRANSPORT)):
             return True
         seen = seen.__cause__ or seen.__context__
     return False

@@ -248,7 +248,8 @@ def _from_timm(model: str, architecture: Architecture, say: Callable[[str], None
         except hub.FAILURES as error:
             if local is None and hub.offline(error):
                 raise Unreachable(_unreachable(model, place)) from error
-            raise ModelError(f"'{model}' cannot be loaded: {first_line(error)}") from error
+            again = "" if local is None else f" Delete '{local}' to fetch it again."
+            raise ModelError(f"'{model}' cannot be loaded: {first_line(error)}{again}") from error
     return net.eval(), str(local or place)
 
 
