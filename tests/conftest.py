@@ -38,3 +38,18 @@ def paint(folder: Path, *, classes: int = 3, per_class: int = 12, size: int = 40
 def pictures(tmp_path: Path) -> Path:
     """36 small pictures in three classes."""
     return paint(tmp_path / "pictures")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A local model folder in timm's layout: a ResNet of 0.5 M weights for 32 pixels, random but fixed."""
+    import timm
+    import torch
+    from timm.models import save_for_hf
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    net = timm.create_model("test_resnet", num_classes=7)
+    config = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic"}
+    save_for_hf(net, folder, model_config={"pretrained_cfg": config}, safe_serialization=True)
+    return folder

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -18,7 +21,7 @@ def test_auto_takes_what_there_is() -> None:
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "tpu"])
 def test_a_device_that_is_not_here_is_said_so(device: str) -> None:
-    with pytest.raises(ConfigError, match="device|Device"):
+    with pytest.raises(ConfigError, match=r"device|Device"):
         Machine(device)
 
 
@@ -93,3 +96,18 @@ def test_the_peak_grows_with_what_is_held() -> None:
     held = torch.ones(64, 1024, 1024)
     assert machine.peak_memory_mb() > before + 200
     del held
+
+
+def test_a_measured_layout_is_remembered_and_a_broken_note_does_no_harm(tmp_path: Path) -> None:
+    notes = tmp_path / "cache" / "layouts.json"
+    net, x = nn.Conv2d(3, 4, 3), torch.zeros(2, 3, 8, 8)
+    Machine("cpu").choose_layout(net, x, None, notes)
+    (key,) = json.loads(notes.read_text())
+    for remembered in (True, False):
+        notes.write_text(json.dumps({key: remembered}))
+        machine = Machine("cpu")
+        machine.choose_layout(net, x, None, notes)
+        assert machine.channels_last is remembered
+    notes.write_text("{broken")
+    Machine("cpu").choose_layout(net, x, None, notes)
+    assert list(json.loads(notes.read_text())) == [key]

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from headstart import registry
+from headstart.data.cache import cache_dir
 from headstart.data.loader import Task, load
 from headstart.errors import ConfigError, HeadstartError, MethodError, OutputError, TrainingError
 from headstart.method import Method
@@ -96,7 +97,9 @@ def prepare(run: Run, *, share: Prepared | None = None, say: Callable[[str], Non
         task = share.task
     else:
         task = load(run, pretrained.preprocess, say=say)
-    family = recipes.recipe(pretrained.net, train_size=task.counts["train"], batch_size=effective.batch_size)
+    family = recipes.recipe(
+        pretrained.net, train_size=len(task.labels("train")), batch_size=effective.batch_size
+    )
     recipe = effective.recipe(family)
     micro = effective.batch_size // effective.grad_accum
     if micro < 1:
@@ -128,8 +131,9 @@ def prepare(run: Run, *, share: Prepared | None = None, say: Callable[[str], Non
 def build(prepared: Prepared) -> Method:
     """The method on a copy of the network, with a fresh head for the task."""
     task, size = prepared.task, prepared.pretrained.preprocess.size
+    counts = {split: len(task.labels(split)) for split in ("train", "val", "test")}
     reason = prepared.cls.fits(
-        prepared.pretrained.net, {"classes": len(task.classes), "img_size": size, **task.counts}
+        prepared.pretrained.net, {"classes": len(task.classes), "img_size": size, **counts}
     )
     if reason is not None:
         raise MethodError(f"{prepared.run.method} cannot run here: {reason}")
@@ -210,15 +214,14 @@ def _execute(prepared: Prepared, folder: Path, machine: Machine, reporter: Repor
     _choose_layout(method, batches, folder, machine, run.channels_last)
     if run.compile:
         method.net.compile()
-    splits = {
-        split: Placed(task.plain(split, _SCORED_AT_ONCE, device=machine.device), machine)
-        for split in ("train", "val", "test")
+    plain = {
+        split: task.plain(split, _SCORED_AT_ONCE, device=machine.device) for split in ("train", "val", "test")
     }
     fitted = fit(
         method,
         train=batches,
-        val=splits["val"],
-        plain=splits["train"],
+        val=plain["val"],
+        plain=plain["train"],
         recipe=prepared.recipe,
         epochs=run.epochs,
         machine=machine,
@@ -233,13 +236,13 @@ def _execute(prepared: Prepared, folder: Path, machine: Machine, reporter: Repor
     scores = {}
     for split in ("val", "test"):
         clock = time.perf_counter()
-        said = predictions(method, splits[split])
+        said = predictions(method, Placed(plain[split], machine))
         machine.wait()
         if said is None:
             continue
         ms_per_image = (time.perf_counter() - clock) * 1000 / len(said[1])
         arrays |= {f"{split}_probabilities": said[0], f"{split}_labels": said[1]}
-        arrays[f"{split}_hashes"] = np.array(task.hashes(split))
+        arrays[f"{split}_hashes"] = np.array([task.pictures.facts.hashes[i] for i in task.split.index(split)])
         scores[split] = score(*said)
     exported = method.export().cpu().to(memory_format=torch.contiguous_format)
     result = _result(prepared, "finished").model_copy(
@@ -418,7 +421,7 @@ def _choose_layout(method: Method, batches: Any, folder: Path, machine: Machine,
     if asked is None:
         asked = known.get("channels_last")
     x, _ = next(iter(batches))
-    machine.choose_layout(method.net, x, asked)
+    machine.choose_layout(method.net, x, asked, cache_dir() / "layouts.json")
     if machine.main:
         _write_json(note, known | {"channels_last": machine.channels_last})
 
@@ -436,7 +439,7 @@ def _card(result: Result, prepared: Prepared) -> dict[str, Any]:
         "model": result.model,
         "origin": prepared.pretrained.origin,
         "licence": prepared.pretrained.licence,
-        "counts": prepared.task.counts,
+        "counts": {side: sum(each.values()) for side, each in prepared.task.counts.items()},
         "split_seed": result.split_seed,
         "seed": result.seed,
         "epochs": result.epochs,

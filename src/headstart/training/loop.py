@@ -22,7 +22,7 @@ from headstart.records import Keep, PhaseTime, Recipe
 from headstart.training.average import Average
 from headstart.training.checkpoint import Checkpoint
 from headstart.training.events import Reporter
-from headstart.training.machine import Machine
+from headstart.training.machine import Machine, Placed
 from headstart.training.schedule import factor
 from headstart.training.score import predictions, score
 
@@ -90,6 +90,7 @@ def fit(
     checkpoint = Checkpoint(folder) if folder is not None else None
     saved = checkpoint.load() if checkpoint else None
     machine.place(method)
+    batches, val, plain = (Placed(each, machine) for each in (train, val, plain))
     fitted, best = Fitted(), dict(_NONE_YET)
     if saved is not None:
         method.load_state_dict(saved["method"])
@@ -99,7 +100,7 @@ def fit(
     _seed(seed, 0)  # what a phase measures on entering may be random too
     clock = time.perf_counter()
 
-    for phase in method.phases(epochs, train, val, plain):
+    for phase in method.phases(epochs, batches, val, plain):
         steps = phase.epochs * len(train)
         reporter.phase(phase, len(train))
         optimizer = machine.optimizer(phase, recipe)
@@ -124,7 +125,7 @@ def fit(
             _seed(seed, 1 + train.epoch)
             method.train()
             sums = _Sums()
-            for i, (x, y) in enumerate(train):
+            for i, (x, y) in enumerate(batches):
                 share = factor(recipe.schedule, epoch * len(train) + i, steps, recipe.warmup)
                 for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                     group["lr"] = peak * share

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import hashlib
+import json
+import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -21,7 +26,6 @@ from headstart.method import Loss, Method, Phase
 from headstart.records import Precision, Recipe
 
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-_layouts: dict[tuple[Any, ...], bool] = {}
 
 
 class Machine:
@@ -59,22 +63,38 @@ class Machine:
         """Whether this process is the one that writes."""
         return bool(self.accelerator.is_main_process)
 
-    def choose_layout(self, net: nn.Module, x: Tensor, asked: bool | None) -> None:
+    def choose_layout(self, net: nn.Module, x: Tensor, asked: bool | None, notes: Path | None = None) -> None:
         """Lay pictures and weights out channels-last where that is faster, by measuring a few steps.
 
         Args:
             net: measured as a copy, so nothing of it changes.
             x: a batch as in training; at most eight pictures of it are used.
             asked: True or False takes the choice away.
+            notes: a file that remembers what was measured on this machine. The two layouts round
+                differently, so runs that are to be compared bit by bit must not be measured twice.
         """
         if asked is None:
             x = x[:8]
-            kinds = tuple(sorted({type(each).__name__ for each in net.modules()}))
+            kinds = sorted({type(each).__name__ for each in net.modules()})
             count = sum(parameter.numel() for parameter in net.parameters())
-            key = (kinds, count, tuple(x.shape), str(self.device), self.precision)
-            if key not in _layouts:
-                _layouts[key] = self._faster_channels_last(net, x)
-            asked = _layouts[key]
+            where = (
+                torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+            )
+            asked_of = [
+                kinds,
+                count,
+                list(x.shape),
+                where,
+                self.precision,
+                torch.get_num_threads(),
+                torch.__version__,
+            ]
+            key = hashlib.sha256(json.dumps(asked_of).encode()).hexdigest()[:16]
+            known = _known_layouts(notes)
+            if key not in known:
+                known[key] = self._faster_channels_last(net, x)
+                _note_layout(notes, key, known[key])
+            asked = known[key]
         self.channels_last = asked
 
     def _faster_channels_last(self, net: nn.Module, x: Tensor) -> bool:
@@ -215,6 +235,30 @@ class Placed:
 
     def __len__(self) -> int:
         return len(self.batches)  # type: ignore[arg-type]
+
+
+def _known_layouts(notes: Path | None) -> dict[str, bool]:
+    try:
+        read = json.loads(notes.read_text(encoding="utf-8")) if notes is not None else {}
+    except (OSError, ValueError):
+        return {}
+    return (
+        {key: value for key, value in read.items() if isinstance(value, bool)}
+        if isinstance(read, dict)
+        else {}
+    )
+
+
+def _note_layout(notes: Path | None, key: str, faster: bool) -> None:
+    if notes is None:
+        return
+    # Read again: another process may have added to it. Without the note nothing is lost but two seconds.
+    text = json.dumps(_known_layouts(notes) | {key: faster})
+    fresh = notes.with_name(f".{notes.name}.{os.getpid()}")
+    with contextlib.suppress(OSError):
+        notes.parent.mkdir(parents=True, exist_ok=True)
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(notes)
 
 
 def _device(asked: str) -> torch.device:
