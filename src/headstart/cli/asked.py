@@ -25,6 +25,7 @@ def asked(
     flags: Mapping[str, Any],
     sets: Sequence[str] | None,
     extra: Collection[str] = (),
+    per_method: bool = False,
 ) -> dict[str, Any]:
     """The fields that were given, by whichever way.
 
@@ -33,16 +34,19 @@ def asked(
         flags: fields that were given as flags.
         sets: `key=value`; a key may be `hyper.name`, or the bare name of a hyper-parameter.
         extra: names besides those of `Run` that this command understands.
+        per_method: whether hyper-parameters may be given by method, as `l2-sp.alpha=0.1`.
 
     Raises:
         ConfigError: a file that cannot be read, a key that does not exist, a field given twice.
     """
     fields = {} if config is None else _file(config, extra)
     hyper: dict[str, Any] = dict(fields.pop("hyper", None) or {})
-    assigned = _assignments(sets or [], extra)
+    assigned = _assignments(sets or [], extra, per_method)
     for name in assigned.keys() & flags.keys():
         raise ConfigError(f"'{name}' is given twice: as a flag and with --set. Leave one of them out.")
-    hyper |= assigned.pop("hyper", {})
+    for name, value in assigned.pop("hyper", {}).items():
+        both = isinstance(value, dict) and isinstance(hyper.get(name), dict)
+        hyper[name] = {**hyper[name], **value} if both else value
     fields |= dict(flags) | assigned
     return fields | ({"hyper": hyper} if hyper else {})
 
@@ -112,7 +116,7 @@ def _file(path: Path, extra: Collection[str]) -> dict[str, Any]:
     return {name: _number(value) for name, value in read.items() if value is not None}
 
 
-def _assignments(sets: Sequence[str], extra: Collection[str]) -> dict[str, Any]:
+def _assignments(sets: Sequence[str], extra: Collection[str], per_method: bool) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     hyper: dict[str, Any] = {}
     for text in sets:
@@ -120,18 +124,20 @@ def _assignments(sets: Sequence[str], extra: Collection[str]) -> dict[str, Any]:
         key = key.strip()
         if not equals or not key:
             raise ConfigError(f"--set takes KEY=VALUE, such as --set lr=0.01; '{text}' was given.")
-        first, dot, rest = key.partition(".")
-        if dot and first != "hyper":
-            raise ConfigError(f"--set {key}: only hyper has parts, such as hyper.alpha=0.1.")
-        where, name = (hyper, rest) if dot else (fields, key)
-        if not dot and key.replace("-", "_") in (*_FIELDS, *extra):
-            name = key.replace("-", "_")
-        elif not dot and key == "hyper":
-            raise ConfigError("--set hyper: name one of them, such as hyper.alpha=0.1.")
-        elif not dot:
-            where = hyper  # the bare name of a hyper-parameter; the method knows
+        field = key.replace("-", "_")
+        if field in (*_FIELDS, *extra):
+            where, name = fields, field
+        else:  # the bare name of a hyper-parameter; the method knows
+            where, name = hyper, key.removeprefix("hyper.")
+            owner, dot, rest = name.rpartition(".")
+            if dot and per_method and owner and rest:
+                where, name = hyper.setdefault(owner, {}), rest
+            elif dot:
+                raise ConfigError(f"--set {key}: only hyper has parts, such as hyper.alpha=0.1.")
+            elif name in ("hyper", ""):
+                raise ConfigError(f"--set {key}: name a hyper-parameter, such as hyper.alpha=0.1.")
         if name in where:
-            raise ConfigError(f"--set gives '{name}' twice.")
+            raise ConfigError(f"--set gives '{key}' twice.")
         where[name] = _value(text, value)
     return fields | ({"hyper": hyper} if hyper else {})
 

@@ -1,0 +1,245 @@
+"""`headstart compare`: several methods, several seeds, one table and a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from headstart.cli import outcome
+from headstart.cli.asked import asked, check_hyper, write
+from headstart.cli.options import Data, Json, Out, run_options
+from headstart.errors import ConfigError
+from headstart.records import Run
+
+if TYPE_CHECKING:
+    from headstart.comparison.runner import Comparison
+    from headstart.comparison.verdict import Range
+
+METHODS = "probe,full,lp-ft,l2-sp"
+SEEDS = 3
+
+_EXTRA = ("methods", "seeds", "baseline")
+_PER_RUN = {"method": "--methods", "preset": "--methods NAME:PRESET", "seed": "--seeds"}
+
+
+@run_options("Data", "Network", "Training", "Machine", without=("seed",))
+def run(
+    flags: dict[str, Any],
+    data: Data = None,
+    out: Out = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...",
+            help=f"Names, NAME:PRESET, rooms, or 'all' (default: {METHODS}).",
+            rich_help_panel="Method",
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K|A,B,...",
+            help=f"How many, or which (default: {SEEDS}). A seed has a split of its own.",
+            rich_help_panel="Method",
+        ),
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            help="What the others are compared with (default: full, else the first).",
+            rich_help_panel="Method",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Train all runs anew, finished ones too.")
+    ] = False,
+    json: Json = False,
+    sets: list[str] | None = None,
+    config: Path | None = None,
+) -> int:
+    """Run several methods over several seeds on the same pictures, and say which to take.
+
+    The same command again goes on where it was stopped; finished runs are never trained twice. Leaves in
+    --out: verdict.json, results.csv, config.resolved.yaml and a folder per run under runs/.
+
+    Hyper-parameters of one method: --set l2-sp.alpha=0.1
+
+    Example: headstart compare photos/ --methods probe,full,lp-ft --seeds 3 --epochs 20 --out compared
+    """
+    given: dict[str, Any] = {"methods": methods, "seeds": seeds, "baseline": baseline}
+    flags |= {name: value for name, value in given.items() if value is not None}
+    fields = asked(config=config, flags=flags, sets=sets, extra=_EXTRA, per_method=True)
+    for name, instead in _PER_RUN.items():
+        if name in fields:
+            raise ConfigError(f"A comparison does not take '{name}'. Use {instead}.")
+    if data is not None:
+        fields["data"] = str(data)
+    if "data" not in fields:
+        raise ConfigError(
+            "Which pictures? Give a folder of class folders or a CSV file: headstart compare DATA"
+        )
+    if out is None:
+        raise ConfigError("Where should the comparison go? Give a new folder with --out.")
+    shared = {name: value for name, value in fields.items() if name not in (*_EXTRA, "hyper")}
+    Run.asked(**shared)  # before torch is loaded: what does not fit is said at once
+
+    done = compared(fields, out, overwrite=overwrite)
+    if json:
+        outcome.show_json(done.judgement.model_dump(mode="json") | {"folder": str(out)})
+    else:
+        show(done)
+        if done.judgement.take is not None:
+            print(f"Next:      headstart predict {out} PICTURES")
+    return outcome.SOME_FAILED if done.failed else outcome.GOOD
+
+
+def compared(fields: Mapping[str, Any], out: Path, *, overwrite: bool = False) -> Comparison:
+    """Run a comparison and write `config.resolved.yaml` beside it.
+
+    Args:
+        fields: fields of `Run`, and methods, seeds, baseline; `hyper` by method, or by its bare name for
+            every method that has it.
+        out: the comparison's folder.
+        overwrite: train finished runs anew.
+    """
+    from headstart.cli.progress import reporter
+    from headstart.comparison.runner import compare
+
+    own = {name: value for name, value in fields.items() if name not in (*_EXTRA, "data", "hyper")}
+    seeds = _seeds(fields.get("seeds", SEEDS))
+    done = compare(
+        fields["data"],
+        fields.get("methods", METHODS),
+        out=out,
+        seeds=seeds,
+        baseline=fields.get("baseline"),
+        hyper=_by_method(fields.get("hyper", {}), fields),
+        overwrite=overwrite,
+        reporter=reporter(),
+        **own,
+    )
+    settled: dict[str, dict[str, Any]] = {}
+    for result in done.results:
+        label = result.method if result.preset is None else f"{result.method}:{result.preset}"
+        recipe = {} if result.recipe is None else result.recipe.model_dump(mode="json")
+        settled.setdefault(label, {"hyper": result.hyper, **recipe})
+    write(out / "config.resolved.yaml", {**fields, "seeds": seeds}, settled)
+    return done
+
+
+def _seeds(given: Any) -> int | list[int]:
+    """3 -> 3 (so many), "0,4" -> [0, 4] (these)."""
+    if isinstance(given, int) and not isinstance(given, bool):
+        return given
+    words = given.split(",") if isinstance(given, str) else given
+    try:
+        numbers = [int(word) for word in words]
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"seeds takes a number (how many) or a list such as 0,1,2. Got {given!r}."
+        ) from None
+    return numbers[0] if isinstance(given, str) and "," not in given else numbers
+
+
+def _by_method(hyper: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Hyper-parameters by method; one given without a method goes to all that have it."""
+    from headstart import registry
+    from headstart.comparison.grid import plan
+
+    named = {name: dict(value) for name, value in hyper.items() if isinstance(value, Mapping)}
+    loose = {name: value for name, value in hyper.items() if not isinstance(value, Mapping)}
+    if not loose:
+        return named
+    labels = plan(
+        fields["data"], fields.get("methods", METHODS), seeds=1, baseline=fields.get("baseline")
+    ).labels
+    methods = list(dict.fromkeys(label.partition(":")[0] for label in labels))
+    check_hyper({"hyper": loose}, methods)
+    for method in methods:
+        known = registry.get(method).hyper()
+        mine = {name: value for name, value in loose.items() if name in known}
+        if mine:
+            named[method] = mine | named.get(method, {})
+    return named
+
+
+def show(done: Comparison) -> None:
+    """The table, what failed, the verdict, and where things lie."""
+    verdict = done.judgement
+    heads = [
+        "method",
+        "runs",
+        "test accuracy, 95 %",
+        f"against {verdict.baseline}, 95 %",
+        "",
+        "seconds",
+        "peak MB",
+        "trained",
+        "shipped",
+    ]
+    rows = [
+        [
+            row.method,
+            str(len(row.seeds)) if not row.failed else f"{len(row.seeds)}, {row.failed} failed",
+            _percent(row.accuracy),
+            _points(row.difference),
+            row.call or "",
+            _number(row.seconds, 1),
+            _number(row.peak_memory_mb),
+            _number(row.trained),
+            _number(row.shipped),
+        ]
+        for row in verdict.rows
+    ]
+    _table(heads, rows)
+    for failure in verdict.failed:
+        print(f"{failure.method}, seed {failure.seed}: {failure.reason}")
+    for note in verdict.notes:
+        print(note)
+    print(f"\nVerdict:   {verdict.sentence}")
+    print(f"Results:   {done.folder}  (verdict.json, results.csv, runs/)")
+
+
+def _percent(share: Range | None) -> str:
+    return "" if share is None else f"{share.mean:.1%}  {share.lo:.1%} to {share.hi:.1%}"
+
+
+def _points(share: Range | None) -> str:
+    if share is None:
+        return ""
+    mean, lo, hi = (100 * value for value in (share.mean, share.lo, share.hi))
+    return f"{mean:+.1f}  {lo:+.1f} to {hi:+.1f}"
+
+
+def _number(value: float | None, digits: int = 0) -> str:
+    return "" if value is None else f"{value:,.{digits}f}"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table with lines on a terminal, aligned text elsewhere."""
+    import sys
+
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table()
+        for i, head in enumerate(heads):
+            table.add_column(head, justify="left" if i in _WORDS else "right", no_wrap=i == 0)
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+        return
+    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
+    for row in [heads, *rows]:
+        cells = [
+            f"{cell:<{width}}" if i in _WORDS else f"{cell:>{width}}"
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
+
+
+_WORDS = (0, 1, 4)  # columns of words; the others are numbers
