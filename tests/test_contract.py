@@ -272,7 +272,6 @@ class MeasuresOnOneRank(Good):
             return None
         if dist.get_rank() == 0:
             self.memory["mask"] = torch.randn(4, 3).t() > 0  # [3, 4], not contiguous, bool
-            self.memory["short"] = torch.arange(3, dtype=torch.int16)
             return None
         self.memory["only here"] = torch.ones(2)
         self.memory["mask"] = torch.ones(7)

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from headstart.errors import MethodError
+from headstart.errors import MethodError, unknown
 from headstart.parts.depth import depths
 from headstart.parts.frozen import Frozen
 from headstart.parts.head import find_head, replace_head
@@ -180,6 +180,10 @@ class Method(nn.Module):
         self._source = Frozen(net if source is None else source) if self.keeps_source else None
         self.net = net
         self.head = find_head(net) if head is None else head
+        modules = dict(net.named_modules())
+        if self.head not in modules:
+            layers = [name for name, module in modules.items() if name and not any(module.children())]
+            raise MethodError(unknown(f"head of {type(net).__name__}", self.head, layers))
         if classes is not None:
             replace_head(net, self.head, classes)
         self.example = example
