@@ -502,7 +502,7 @@ def _rank(rank: int, cases: dict[int, Case], meeting: Path) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no name has to be resolved
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=2, timeout=timedelta(minutes=5)
     )
     try:
         for i, case in cases.items():

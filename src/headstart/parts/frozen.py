@@ -14,6 +14,8 @@ def fingerprint(module: nn.Module) -> str:
     """SHA-256 over names, shapes, types and values of all parameters and buffers of a module."""
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            continue  # a module's own extra state is no weight
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().data)
