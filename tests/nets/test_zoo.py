@@ -12,6 +12,7 @@ from torch import nn
 
 from headstart.errors import ModelError, Unreachable
 from headstart.nets import embedded, hub, zoo
+from headstart.nets.architecture import Architecture
 from headstart.nets.zoo import load
 
 
@@ -151,6 +152,14 @@ def test_headless_networks_get_something_to_replace() -> None:
 def test_two_heads_are_refused() -> None:
     with pytest.raises(ModelError, match="2 heads"):
         load("deit_tiny_distilled_patch16_224", pretrained=False)
+
+
+def test_encoders_that_are_no_classifiers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.device("meta"):  # a large one; only its shape matters
+        net = timm.create_model("qwen3_vit_416m_enc")
+    monkeypatch.setattr(Architecture, "build", lambda _: net)
+    with pytest.raises(ModelError, match="is not a classifier"):
+        load("qwen3_vit_416m_enc", pretrained=False)
 
 
 def test_four_channels_and_oblongs_are_refused(tmp_path: Path) -> None:

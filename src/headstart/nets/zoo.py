@@ -265,6 +265,8 @@ def _check_head(net: nn.Module, model: str) -> None:
         find_head(net)
     except MethodError as error:
         raise ModelError(f"'{model}' cannot be fine-tuned here. {error}") from error
+    if getattr(net, "num_classes", None) != _classes(net):  # encoders that timm has for language models
+        raise ModelError(f"'{model}' is not a classifier: it has no layer that gives one number per class.")
 
 
 def _classes(net: nn.Module) -> int:
