@@ -82,18 +82,19 @@ class Audit(Record):
             )
         if self.contradicting:
             lines.append(
-                f"{_n(len(self.contradicting), 'group')} of equal or nearly equal pictures with different labels: "
+                f"{_n(len(self.contradicting), 'group')} of (nearly) equal pictures with different labels: "
                 f"{_groups(self.contradicting)}. One of the labels is wrong."
             )
         if self.crossing:
             lines.append(
-                f"{_n(len(self.crossing), 'group')} of equal or nearly equal pictures across the given split: "
+                f"{_n(len(self.crossing), 'group')} of (nearly) equal pictures across the given split: "
                 f"{_groups(self.crossing)}. Training will leave out the copies of held-out pictures."
             )
         if self.duplicates:
             lines.append(
-                f"{_n(len(self.duplicates), 'group')} of exact copies ({sum(map(len, self.duplicates))} files): "
-                f"{_groups(self.duplicates)}. They will stay on one side of the split."
+                f"{_n(len(self.duplicates), 'group')} of exact copies "
+                f"({sum(map(len, self.duplicates))} files): {_groups(self.duplicates)}. "
+                "They will stay on one side of the split."
             )
         if self.near_duplicates:
             lines.append(

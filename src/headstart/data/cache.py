@@ -23,7 +23,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -239,7 +239,8 @@ def _save_json(path: Path, data: Any) -> bool:
         temp.write_text(json.dumps(data), encoding="utf-8")
         temp.replace(path)
     except OSError:
-        temp.unlink(missing_ok=True)
+        with suppress(OSError):
+            temp.unlink()
         return False
     return True
 

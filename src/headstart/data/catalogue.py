@@ -54,8 +54,6 @@ _DEBIAN = {  # package -> where its files lie
     "dataset-fashion-mnist": Path("/usr/share/datasets/fashion-mnist"),
 }
 
-Source = Path | Image.Image
-
 
 @dataclass(frozen=True)
 class Item:

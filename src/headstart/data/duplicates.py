@@ -1,9 +1,9 @@
 """Pictures that are the same, or nearly: copies saved again, scaled or lightly compressed.
 
 Two pictures are near duplicates when their difference hashes (dHash: 64 signs of horizontal differences)
-are at most 6 bits apart *and* their 16 x 16 thumbnails correlate to more than 0.995. The hash alone is not
-enough: drawings on white, digits or flags share it by the hundred. Flat pictures have nothing to correlate
-and are compared by content only.
+are at most 6 bits apart, their 16 x 16 thumbnails correlate to more than 0.995, and their mean colours are
+less than 16 grey levels apart. The hash alone is not enough: drawings on white, digits or flags share it by
+the hundred. Flat pictures have nothing to correlate and are compared by content only.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from scipy.sparse.csgraph import connected_components
 
 BITS = 6
 CORRELATION = 0.995
+COLOUR = 16.0
 _FLAT = 4.0  # standard deviation of the thumbnail, in grey levels
 _ROWS = 2048  # pictures compared at once with all others
 
@@ -44,8 +45,8 @@ def near_pairs(hashes: np.ndarray, thumbnails: np.ndarray) -> list[tuple[int, in
     n = len(hashes)
     if n < 2:
         return []
-    flat = thumbnails.reshape(n, -1).astype(np.float32)
-    flat -= flat.mean(axis=1, keepdims=True)
+    colour = thumbnails.reshape(n, -1, 3).mean(axis=1, dtype=np.float32)
+    flat = (thumbnails.reshape(n, -1, 3) - colour[:, None]).reshape(n, -1)
     deviation = flat.std(axis=1)
     textured = deviation >= _FLAT
     flat /= np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)
@@ -62,6 +63,7 @@ def near_pairs(hashes: np.ndarray, thumbnails: np.ndarray) -> list[tuple[int, in
             for piece in range(0, len(i), 65536):
                 a, b = i[piece : piece + 65536], j[piece : piece + 65536]
                 alike = np.einsum("nd,nd->n", flat[a], flat[b]) > CORRELATION
+                alike &= np.abs(colour[a] - colour[b]).max(axis=1) < COLOUR
                 pairs.extend(zip(a[alike].tolist(), b[alike].tolist(), strict=True))
     return pairs
 

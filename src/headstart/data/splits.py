@@ -318,25 +318,17 @@ class _Units:
 
 def _targets(total: int, units: int, shares: dict[str, float]) -> dict[str, int]:
     """How many of `total` pictures each side should have: rounded, at least one where units allow it."""
-    whole = sum(shares.values())
-    exact = {side: total * share / whole for side, share in shares.items()}
-    rounded = {side: int(value) for side, value in exact.items()}
-    for side in sorted(exact, key=lambda s: (rounded[s] - exact[s], SPLITS.index(s)))[
-        : total - sum(rounded.values())
-    ]:
-        rounded[side] += 1
     # With two units val goes without; with one, everything but train does.
-    order = [side for side in ("train", "test", "val") if side in shares]
-    for side in order[: max(units, 0)]:
-        if rounded[side] == 0:
-            richest = max(order, key=lambda s: rounded[s])
-            if rounded[richest] > 1:
-                rounded[richest] -= 1
-                rounded[side] = 1
-    for side in order[units:]:
-        rounded["train"] += rounded[side]
-        rounded[side] = 0
-    return rounded
+    preferred: tuple[str, ...] = ("train", "test", "val")
+    order = [side for side in preferred if side in shares][: max(units, 1)]
+    whole = sum(shares[side] for side in order)
+    exact = {side: total * shares[side] / whole for side in order}
+    wanted = {side: max(1, int(exact[side])) for side in order}
+    while sum(wanted.values()) < total:
+        wanted[max(order, key=lambda side: exact[side] - wanted[side])] += 1
+    while sum(wanted.values()) > total:
+        wanted[max(order, key=lambda side: (wanted[side] > 1, wanted[side] - exact[side]))] -= 1
+    return {side: wanted.get(side, 0) for side in shares}
 
 
 def _carve(units: _Units, sides: list[str | None], shares: tuple[float, float, float], seed: int) -> None:
