@@ -67,7 +67,8 @@ def answers(folder: Path, result: Result) -> dict[str, Answers]:
     """
     found = {}
     try:
-        with np.load(folder / "predictions.npz", allow_pickle=False) as arrays:
+        # Opened here, because np.load leaves a file open that it cannot read.
+        with (folder / "predictions.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             for split in SPLITS:
                 probabilities = arrays[f"{split}_probabilities"]  # [N, K]
                 right = probabilities.argmax(axis=1) == arrays[f"{split}_labels"]

@@ -287,9 +287,7 @@ class _Judge:
             return self._overruled(chosen, leader, best, gap)
         over = None if chosen == self.baseline else self.test.difference(chosen, self.baseline)
         if over is not None and over.sign > 0:
-            text = (
-                f"Take {chosen}: {self._gap(over)} over {self.baseline}{self._times(chosen, self.baseline)}."
-            )
+            text = f"Take {chosen}: {self._gap(over, self.baseline)}{self._times(chosen, self.baseline)}."
             if tied:
                 text += f" Not told apart from it on the test pictures: {_listed(tied)}."
             return text
@@ -325,8 +323,9 @@ class _Judge:
 
     # ------------------------------------------------------------------ words and numbers
 
-    def _gap(self, gap: Interval) -> str:
-        return f"{100 * gap.mean:+.1f} points (95 % interval {_signed(gap.lo)} to {_signed(gap.hi)})"
+    def _gap(self, gap: Interval, over: str | None = None) -> str:
+        points = f"{100 * gap.mean:+.1f} points" + (f" over {over}" if over else "")
+        return f"{points} (95 % interval {100 * gap.lo:+.1f} to {100 * gap.hi:+.1f})"
 
     def _times(self, label: str, other: str) -> str:
         if not self._seconds(label) or not self._seconds(other):
@@ -395,10 +394,6 @@ def _empty(label: str, failed: list[Failure]) -> Row:
 
 def _listed(labels: Sequence[str]) -> str:
     return labels[0] if len(labels) == 1 else f"{', '.join(labels[:-1])} and {labels[-1]}"
-
-
-def _signed(share: float) -> str:
-    return f"{100 * share:+.1f}"
 
 
 def _time(seconds: float) -> str:

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from headstart.comparison.grid import plan
+from headstart.errors import ConfigError
+
+
+def test_every_method_with_every_seed_and_all_else_the_same() -> None:
+    grid = plan("pictures", ["probe", "full", "l2-sp"], seeds=2, epochs=7, augment="trivial")
+    assert [(cell.label, cell.run.seed) for cell in grid.cells] == [
+        *(("probe", 0), ("full", 0), ("l2-sp", 0)),
+        *(("probe", 1), ("full", 1), ("l2-sp", 1)),
+    ]
+    for cell in grid.cells:
+        same = cell.run.model_dump(exclude={"method", "seed", "preset", "hyper"})
+        assert same == grid.cells[0].run.model_dump(exclude={"method", "seed", "preset", "hyper"})
+        assert cell.run.epochs == 7
+    assert grid.baseline == "full"
+
+
+def test_a_method_named_twice_is_run_once_and_a_string_works_too() -> None:
+    grid = plan("pictures", "full, probe,full", seeds=[4, 2, 4])
+    assert grid.labels == ("full", "probe")
+    assert grid.seeds == (4, 2)
+    assert len(grid.cells) == 4
+
+
+def test_the_first_is_the_baseline_where_full_was_not_asked_for() -> None:
+    grid = plan("pictures", ["lp-ft", "probe"])
+    assert (grid.baseline, grid.labels) == ("lp-ft", ("lp-ft", "probe"))
+
+
+def test_a_baseline_that_was_asked_for_is_added() -> None:
+    grid = plan("pictures", ["lp-ft"], baseline="scratch", seeds=1)
+    assert (grid.baseline, grid.labels) == ("scratch", ("lp-ft", "scratch"))
+
+
+def test_presets_are_methods_of_their_own() -> None:
+    grid = plan(
+        "pictures",
+        ["l2-sp", "l2-sp:paper"],
+        seeds=1,
+        hyper={"l2-sp": {"alpha": 0.5}, "l2-sp:paper": {"alpha": 0.25}},
+    )
+    own, paper = (cell.run for cell in grid.cells)
+    assert (own.preset, own.hyper["alpha"]) == (None, 0.5)
+    assert (paper.preset, paper.hyper["alpha"]) == ("paper", 0.25)
+
+
+def test_rooms_and_all() -> None:
+    assert {"scratch", "probe", "full", "lp-ft"} <= set(plan("pictures", "baseline").labels)
+    assert "l2-sp" not in plan("pictures", "baseline").labels
+    assert "l2-sp" in plan("pictures", ["all"]).labels
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"methods": ["ful"]}, "Unknown method 'ful'. Did you mean 'full'?"),
+        ({"methods": ["l2-sp:papr"]}, "Unknown preset of 'l2-sp' 'papr'. Did you mean 'paper'?"),
+        ({"methods": []}, "No method was given"),
+        ({"methods": " , "}, "No method was given"),
+        ({"methods": [3]}, "methods holds names"),
+        ({"methods": ["full"], "baseline": "probes"}, "Did you mean 'probe'?"),
+        ({"methods": ["full"], "seeds": 0}, "from 1"),
+        ({"methods": ["full"], "seeds": []}, "whole numbers from 0"),
+        ({"methods": ["full"], "seeds": [-1]}, "whole numbers from 0"),
+        ({"methods": ["full"], "seeds": "3"}, "whole numbers from 0"),
+        ({"methods": ["full"], "seeds": True}, "whole numbers from 0"),
+        ({"methods": ["full"], "epoch": 3}, "Unknown key 'epoch'. Did you mean 'epochs'?"),
+        ({"methods": ["full"], "epochs": 0}, "epochs: "),
+        ({"methods": ["full"], "seed": 3}, "Use seeds"),
+        ({"methods": ["full"], "method": "full"}, "Use methods"),
+        ({"methods": ["l2-sp"], "hyper": {"alpha": 0.1}}, "by method: {'l2-sp': {'alpha': 0.1}}"),
+        ({"methods": ["l2-sp"], "hyper": {"l2sp": {}}}, "Did you mean 'l2-sp'?"),
+        ({"methods": ["l2-sp"], "hyper": {"l2-sp": {"alfa": 1}}}, "Did you mean 'alpha'?"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan("pictures", **given)
+    assert said in str(caught.value)

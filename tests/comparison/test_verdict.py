@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from made_up import MadeUp
+
+from headstart.comparison.runner import Comparison, compare
+from headstart.comparison.verdict import Verdict, judge, read
+
+
+def judged(tmp_path: Path, world: MadeUp, methods: str = "probe,full,lp-ft", seeds: int = 3) -> Comparison:
+    return compare("pictures", methods, out=tmp_path / "out", seeds=seeds, executor=world)
+
+
+def test_a_tie_takes_the_cheapest(tmp_path: Path) -> None:
+    found = judged(tmp_path, MadeUp(exact=True))
+    assert found.verdict.startswith(
+        "Tie: probe, full and lp-ft can't be told apart on the 3 splits' 150 test pictures each; take the "
+        "cheapest, probe (4.0 s against 61 s of full). Differences below about "
+    )
+    assert found.judgement.take is not None
+    assert found.judgement.take.method == "probe"
+    assert [row["call"] for row in found.table] == ["tie", "baseline", "tie"]
+
+
+def test_one_test_split_for_all_seeds_is_said_as_such(tmp_path: Path) -> None:
+    found = judged(tmp_path, MadeUp(exact=True, one_split=True))
+    assert "on these 150 test pictures;" in found.verdict
+    assert found.judgement.distinct_test == 150
+    assert found.judgement.n_test == [150, 150, 150]
+
+
+def test_a_real_difference_is_named_with_its_interval_and_its_time(tmp_path: Path) -> None:
+    world = MadeUp(exact=True, n=400)
+    world.right |= {"probe": 0.6, "full": 0.8, "lp-ft": 0.9}
+    found = judged(tmp_path, world)
+    assert found.verdict.startswith("Take lp-ft: +10.0 points over full (95 % interval +")
+    assert found.verdict.endswith("), at 1.1x its time.")
+    row = {row["method"]: row for row in found.table}
+    assert row["lp-ft"]["difference"]["mean"] == pytest.approx(0.1)
+    assert row["lp-ft"]["difference"]["lo"] > 0
+    assert row["lp-ft"]["accuracy"]["lo"] < 0.9 < row["lp-ft"]["accuracy"]["hi"]
+    assert [row[m]["call"] for m in ("probe", "full", "lp-ft")] == ["worse", "baseline", "better"]
+    assert found.judgement.take is not None
+    assert found.judgement.take.method == "lp-ft"
+
+
+def test_the_baseline_may_be_the_one_to_take(tmp_path: Path) -> None:
+    world = MadeUp(exact=True, n=400)
+    world.right |= {"probe": 0.6, "full": 0.9, "lp-ft": 0.7}
+    found = judged(tmp_path, world)
+    assert found.verdict.startswith(
+        "Take full: every other method is worse on the 3 splits' 400 test pictures each. "
+        "probe is worse: -30.0"
+    )
+
+
+def test_the_test_split_has_no_say_in_what_is_taken(tmp_path: Path) -> None:
+    world = MadeUp(exact=True, n=400)
+    world.right |= {"probe": 0.9, "full": 0.6}
+    world.val_right = {"probe": 0.6, "full": 0.9}
+    found = judged(tmp_path, world, "probe,full")
+    assert found.judgement.take is not None
+    assert found.judgement.take.method == "full"
+    assert (
+        "Take full, the best on validation. But on the 3 splits' 400 test pictures each probe is better: "
+        "+30.0 points (95 % interval +" in found.verdict
+    )
+
+
+def test_a_tie_on_test_that_validation_settles(tmp_path: Path) -> None:
+    world = MadeUp(exact=True, n=300)
+    world.val_right = {"probe": 0.6}
+    found = judged(tmp_path, world, "probe,full")
+    assert "Take full: on validation, full is better than the cheaper probe" in found.verdict
+    assert "take the cheapest" not in found.verdict
+
+
+def test_a_tie_with_something_worse_beside_it(tmp_path: Path) -> None:
+    world = MadeUp(exact=True, n=300)
+    found = judged(tmp_path, world, "probe,full,scratch")
+    assert "Tie: probe and full can't" in found.verdict
+    assert "scratch is worse: -40.0 points (95 % interval -" in found.verdict
+
+
+def test_no_difference_is_claimed_whose_interval_holds_zero(tmp_path: Path) -> None:
+    for n in (1, 2, 30, 150):
+        world = MadeUp(exact=True, n=n)
+        world.right |= {"lp-ft": 0.82}
+        found = judged(tmp_path / str(n), world, "full,lp-ft", seeds=2)
+        row = found.table[1]
+        assert row["difference"]["lo"] <= 0 <= row["difference"]["hi"]
+        assert row["call"] == "tie"
+        assert "Tie: full and lp-ft" in found.verdict
+
+
+def test_the_shipped_run_is_the_best_on_validation_of_its_method(tmp_path: Path) -> None:
+    found = judged(tmp_path, MadeUp(), "probe", seeds=5)
+    assert found.judgement.take is not None
+    best = max(found.results, key=lambda result: result.val.accuracy if result.val else 0)
+    assert found.judgement.take.seed == best.seed
+    assert (found.folder / "runs" / found.judgement.take.run / "result.json").is_file()
+    assert found.verdict.startswith("Only probe finished: ")
+
+
+def test_one_seed_is_said_and_few_pictures_too(tmp_path: Path) -> None:
+    found = judged(tmp_path, MadeUp(exact=True, n=30), seeds=1)
+    notes = " ".join(found.judgement.notes)
+    assert "One seed" in notes
+    assert "30 test pictures are too few" in notes
+    assert "on these 30 test pictures" in found.verdict
+    assert found.table[0]["accuracy_over_seeds"] is None
+
+
+def test_all_right_everywhere(tmp_path: Path) -> None:
+    world = MadeUp(right=dict.fromkeys(("probe", "full"), 1.0), exact=True, n=20)
+    found = judged(tmp_path, world, "probe,full", seeds=2)
+    accuracy = found.table[0]["accuracy"]
+    assert accuracy["mean"] == accuracy["hi"] == 1
+    assert accuracy["lo"] < 0.97
+    assert found.judgement.smallest_difference is not None
+    assert found.judgement.smallest_difference > 0.01
+
+
+def test_the_file_is_the_record(tmp_path: Path) -> None:
+    found = judged(tmp_path, MadeUp())
+    assert read(found.folder) == found.judgement
+    assert "points" in found.judgement.intervals or found.judgement.intervals.startswith("95 %")
+
+
+def test_nothing_finished() -> None:
+    found = judge([], labels=["full"], baseline="full")
+    assert isinstance(found, Verdict)
+    assert found.take is None
+    assert [row.method for row in found.rows] == ["full"]
