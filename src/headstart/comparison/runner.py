@@ -66,7 +66,10 @@ class Here:
         self, prepared: Any, folder: Path, *, resume: bool, overwrite: bool, reporter: Reporter
     ) -> Result:
         """See `headstart.training.job.execute`."""
-        return job.execute(prepared, folder, resume=resume, overwrite=overwrite, reporter=reporter)
+        try:
+            return job.execute(prepared, folder, resume=resume, overwrite=overwrite, reporter=reporter)
+        finally:
+            _free_memory()
 
 
 @dataclass(frozen=True)
@@ -255,12 +258,13 @@ class _Runner:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it was, the other runs go on
             self._failed(cell, entry, index, error)
+            traceback.clear_frames(error.__traceback__)  # they hold the network that did not fit
+            _free_memory()
         else:
             self._finished(entry, *found)
             with contextlib.suppress(OSError):
                 (folder / "error.txt").unlink(missing_ok=True)
             self._write_outcome()
-        _free_memory()
 
     def _finished(self, entry: Entry, result: Result, answers: dict[str, Answers]) -> None:
         for other in self.entries:
