@@ -131,10 +131,10 @@ def compared(fields: Mapping[str, Any], out: Path, *, overwrite: bool = False) -
 
 
 def _seeds(given: Any) -> int | list[int]:
-    """3 -> 3 (so many), "0,4" -> [0, 4] (these)."""
+    """3 -> 3 (so many), "0,4" -> [0, 4] (these), "4," -> [4] (this one)."""
     if isinstance(given, int) and not isinstance(given, bool):
         return given
-    words = given.split(",") if isinstance(given, str) else given
+    words = given.rstrip(",").split(",") if isinstance(given, str) else given
     try:
         numbers = [int(word) for word in words]
     except (TypeError, ValueError):

@@ -86,6 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return outcome.interrupted(_again(given))
         except BrokenPipeError:
             return outcome.pipe_closed()
+        except SystemExit as left:  # how rich leaves a closed pipe
+            if isinstance(left.__context__, BrokenPipeError):
+                return outcome.pipe_closed()
+            raise
         except (HeadstartError, OSError) as error:
             return outcome.refused(error)
         except Exception as error:  # noqa: BLE001  # the last place where it can be said in one line

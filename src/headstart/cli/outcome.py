@@ -123,9 +123,11 @@ def _note(error: Exception) -> Path:
 
 
 def _cache_dir() -> Path:
-    from headstart.data.cache import cache_dir
-
-    return cache_dir()
+    """As `headstart.data.cache.cache_dir`, which would load torch."""
+    own = os.environ.get("HEADSTART_CACHE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "headstart"
 
 
 def _show_if_debugging(error: Exception) -> None:

@@ -97,6 +97,7 @@ def prepare(run: Run, *, share: Prepared | None = None, say: Callable[[str], Non
         task = share.task
     else:
         task = load(run, pretrained.preprocess, say=say)
+    task.class_weights(run.class_weights)  # a mistake in that file is found before a folder is claimed
     family = recipes.recipe(
         pretrained.net, train_size=len(task.labels("train")), batch_size=effective.batch_size
     )

@@ -146,7 +146,7 @@ def fit(
                     "epochs": phase.epochs,
                     "lr": recipe.lr * share,
                     **sums.means(),
-                    **_validate(method, val),
+                    **_validate(method, val, f"phase '{phase.name}', epoch {epoch + 1}, step {len(train)}"),
                     "seconds": time.perf_counter() - started,
                 }
                 fitted.history.append(record)
@@ -234,8 +234,8 @@ def _seed(seed: int, epoch: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]))
 
 
-def _validate(method: Method, val: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float | None]:
-    said = predictions(method, val)
+def _validate(method: Method, val: Iterable[tuple[Tensor, Tensor]], after: str) -> dict[str, float | None]:
+    said = predictions(method, val, after=after)
     if said is None:
         return {"val_accuracy": None, "val_log_loss": None}
     result = score(*said)

@@ -9,15 +9,25 @@ import torch
 from sklearn.metrics import f1_score, log_loss, recall_score
 from torch import Tensor
 
+from headstart.errors import TrainingError
 from headstart.method import Method
 from headstart.records import Score
 
 
 @torch.inference_mode()
 def predictions(
-    method: Method, batches: Iterable[tuple[Tensor, Tensor]]
+    method: Method, batches: Iterable[tuple[Tensor, Tensor]], *, after: str = "training"
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Class probabilities [N, K] as float32 and labels [N], in the order of the batches; None without any."""
+    """Class probabilities [N, K] as float32 and labels [N], in the order of the batches; None without any.
+
+    Args:
+        method: is put into eval mode.
+        batches: pictures and labels.
+        after: where in training this is, for people.
+
+    Raises:
+        TrainingError: a probability that is not a number; the loss can't show what the last step did.
+    """
     method.eval()
     probabilities, labels = [], []
     for x, y in batches:
@@ -25,7 +35,13 @@ def predictions(
         labels.append(y.cpu())
     if not labels:
         return None
-    return torch.cat(probabilities).numpy(), torch.cat(labels).numpy()
+    every = torch.cat(probabilities)
+    if not every.isfinite().all():
+        raise TrainingError(
+            f"The network's answers are no numbers any more after {after}. Try a lower --lr, or --clip 1; "
+            "the checkpoint of the epoch before it stays."
+        )
+    return every.numpy(), torch.cat(labels).numpy()
 
 
 def score(probabilities: np.ndarray, labels: np.ndarray) -> Score:
