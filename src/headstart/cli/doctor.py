@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import platform
 import shutil
-import socket
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -157,16 +156,15 @@ def _ask_in_the_background(places: dict[str, str]) -> dict[str, str]:
     return answers
 
 
-def _ask(name: str, address: str, answers: dict[str, str], open_: Callable[..., Any] | None = None) -> None:
-    open_ = open_ or urllib.request.urlopen
+def _ask(name: str, address: str, answers: dict[str, str]) -> None:
     try:
-        with open_(urllib.request.Request(address, method="HEAD"), timeout=PATIENCE):
+        with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=PATIENCE):
             answers[name] = "yes"
     except urllib.error.HTTPError:
         answers[name] = "yes"  # it answered
     except urllib.error.URLError as error:
         answers[name] = f"no ({_line(error.reason)})"
-    except (OSError, socket.gaierror, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
         answers[name] = f"no ({_line(error)})"
 
 

@@ -81,6 +81,7 @@ class Bars(Reporter):
                 total=phase.epochs * steps,
                 completed=phase.done * steps,
                 description=f"{self._name}  {phase.name}",
+                unit="steps",  # reset forgets the fields that it is not given
                 said="",
             )
 
