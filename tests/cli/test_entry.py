@@ -204,7 +204,7 @@ def test_sigterm_is_an_interrupt(typed: Typed, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_closed_pipe_is_quiet() -> None:
-    for words in (["--help"], ["data"]):
+    for words in (["--help"], ["--version"]):
         with subprocess.Popen(
             [sys.executable, "-m", "headstart", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
         ) as process:

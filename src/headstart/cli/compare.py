@@ -189,8 +189,8 @@ def show(done: Comparison) -> None:
             row.call or "",
             _number(row.seconds, 1),
             _number(row.peak_memory_mb),
-            _number(row.trained),
-            _number(row.shipped),
+            _short(row.trained),
+            _short(row.shipped),
         ]
         for row in verdict.rows
     ]
@@ -216,6 +216,13 @@ def _points(share: Range | None) -> str:
 
 def _number(value: float | None, digits: int = 0) -> str:
     return "" if value is None else f"{value:,.{digits}f}"
+
+
+def _short(count: int | None) -> str:
+    """3374851 -> 3.37 M."""
+    if count is None:
+        return ""
+    return f"{count / 1e6:.2f} M" if count >= 1e6 else f"{count / 1e3:.1f} k"
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

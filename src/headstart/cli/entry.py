@@ -81,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     with outcome.terminated_like_interrupted():
         try:
-            return _run(given)
+            code = _run(given)
+            sys.stdout.flush()  # a closed pipe is noticed here, not when Python ends
+            return code
         except KeyboardInterrupt:
             return outcome.interrupted(_again(given))
         except BrokenPipeError:
@@ -110,7 +112,6 @@ def _run(given: list[str]) -> int:
         raise KeyboardInterrupt from None
     except usage_error as error:
         raise ConfigError(_usage(error)) from None
-    sys.stdout.flush()  # a closed pipe is noticed here, not when Python ends
     return code if isinstance(code, int) else outcome.GOOD
 
 
