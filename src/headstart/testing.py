@@ -12,6 +12,7 @@ note goes when the reason has gone. No test framework is needed.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import io
@@ -482,7 +483,9 @@ def _in_two_processes(cases: dict[int, Case], folder: Path, attempt: int) -> dic
             halves = [Ranks(*pickle.loads(path.read_bytes())) for path in ours]
             found[i] = Ranks(halves[0].apart or halves[1].apart, halves[0].gradients or halves[1].gradients)
         else:
-            found[i] = Ranks(*(f"two processes: {broken or 'they ended early'}",) * 2)
+            noted = Path(f"{meeting}-{i}-broke")
+            reason = noted.read_text(encoding="utf-8") if noted.exists() else broken
+            found[i] = Ranks(*(f"in two processes: {reason or 'they ended early'}",) * 2)
             break
     return found
 
@@ -506,9 +509,20 @@ def _rank(rank: int, cases: dict[int, Case], meeting: Path) -> None:
     )
     try:
         for i, case in cases.items():
-            Path(f"{meeting}-{i}-{rank}").write_bytes(pickle.dumps(tuple(_train_as_rank(rank, case))))
+            try:
+                found = tuple(_train_as_rank(rank, case))
+            except Exception as error:
+                _note(Path(f"{meeting}-{i}-broke"), f"{type(error).__name__}: {error}")
+                raise
+            Path(f"{meeting}-{i}-{rank}").write_bytes(pickle.dumps(found))
     finally:
         dist.destroy_process_group()
+
+
+def _note(path: Path, what: str) -> None:
+    """Write it down unless the other rank has: what breaks second only lost its partner."""
+    with contextlib.suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
+        file.write(what)
 
 
 def _train_as_rank(rank: int, case: Case) -> Ranks:
