@@ -151,6 +151,11 @@ class Run(Record):
         text = json.dumps([asked, data, source, settled], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
+    def filled(self, values: Mapping[str, Any]) -> Run:
+        """This run with values, such as a preset's, in the fields that nobody asked for."""
+        open_ = {name for name in values if name not in self.model_fields_set or getattr(self, name) is None}
+        return self.model_copy(update={name: values[name] for name in open_})
+
     def recipe(self, family: Recipe) -> Recipe:
         """The family's recipe with everything that was asked for put in its place."""
         asked = {name: getattr(self, name) for name in Recipe.model_fields if getattr(self, name) is not None}

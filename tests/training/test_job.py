@@ -21,7 +21,8 @@ import headstart
 from headstart.errors import ConfigError, DataError, HeadstartError, OutputError, TrainingError
 from headstart.records import Result, Run
 from headstart.training.events import Reporter
-from headstart.training.job import Prepared, claim, execute, prepare
+from headstart.training.folder import claim
+from headstart.training.job import Prepared, execute, prepare
 
 
 def asked(pictures: Path, model: Path, **fields: Any) -> dict[str, Any]:
@@ -236,10 +237,11 @@ def test_claim_tells_an_unfinished_run_from_a_finished_one(
     pictures: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     prepared = prepare(Run.asked(**asked(pictures, tiny_model)), say=lambda _: None)
-    assert claim(tmp_path / "run", prepared, resume=False, overwrite=False) is None
+    folder, key = tmp_path / "run", prepared.key
+    assert claim(folder, key, {}, resume=False, overwrite=False) is None
     with pytest.raises(OutputError, match=r"unfinished. Go on with --resume"):
-        claim(tmp_path / "run", prepared, resume=False, overwrite=False)
-    assert claim(tmp_path / "run", prepared, resume=True, overwrite=False) is None
+        claim(folder, key, {}, resume=False, overwrite=False)
+    assert claim(folder, key, {}, resume=True, overwrite=False) is None
 
 
 SCRIPT = """

@@ -45,9 +45,7 @@ def run(
 
     cls = registry.get(method)
     hyper = registry.configure(cls, asked_for.preset, asked_for.hyper)
-    preset = registry.preset(cls, asked_for.preset).recipe
-    given = asked_for.model_fields_set
-    asked_for = asked_for.model_copy(update={key: value for key, value in preset.items() if key not in given})
+    asked_for = asked_for.filled(registry.preset(cls, asked_for.preset).recipe)
     bare = zoo.load(asked_for.model, pretrained=False, img_size=asked_for.img_size)
     size = bare.preprocess.size
     reason = cls.fits(bare.net, {"classes": classes, "train": pictures, "val": pictures, "img_size": size})

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import json
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -22,7 +19,7 @@ from torch import nn
 from headstart import registry
 from headstart.data.cache import cache_dir
 from headstart.data.loader import Task, load
-from headstart.errors import ConfigError, HeadstartError, MethodError, OutputError, TrainingError
+from headstart.errors import ConfigError, HeadstartError, MethodError, TrainingError
 from headstart.method import Method
 from headstart.nets import recipe as recipes
 from headstart.nets import zoo
@@ -33,6 +30,7 @@ from headstart.ship import bundle
 from headstart.ship.predict import Prediction, Predictor
 from headstart.ship.predict import load as load_model
 from headstart.training.events import Reporter
+from headstart.training.folder import claim, read_json, write_json, write_npz
 from headstart.training.loop import fit
 from headstart.training.machine import Machine, Placed
 from headstart.training.score import predictions, score
@@ -79,13 +77,7 @@ def prepare(run: Run, *, share: Prepared | None = None, say: Callable[[str], Non
     cls = registry.get(run.method)
     hyper = registry.configure(cls, run.preset, run.hyper)
     preset = registry.preset(cls, run.preset).recipe
-    effective = run.model_copy(
-        update={
-            name: value
-            for name, value in preset.items()
-            if name not in run.model_fields_set or getattr(run, name) is None
-        }
-    )
+    effective = run.filled(preset)
     if share is not None and all(getattr(run, name) == getattr(share.run, name) for name in _NET):
         pretrained, source = share.pretrained, share.fingerprints.source
     else:
@@ -178,7 +170,11 @@ def execute(
     """
     reporter = reporter or Reporter()
     machine = Machine(prepared.run.device, prepared.run.precision)
-    finished = claim(folder, prepared, resume=resume, overwrite=overwrite, main=machine.main)
+    finished = None
+    if machine.main:
+        asked = prepared.run.model_dump(mode="json")
+        finished = claim(folder, prepared.key, asked, resume=resume, overwrite=overwrite)
+    finished = machine.from_main(finished)  # the others look at the folder once it is this run's
     if finished is not None:
         reporter.say(f"{folder} is finished already")
         return finished
@@ -263,7 +259,7 @@ def _execute(prepared: Prepared, folder: Path, machine: Machine, reporter: Repor
         }
     )
     if machine.main:
-        _write_npz(folder / "predictions.npz", arrays)
+        write_npz(folder / "predictions.npz", arrays)
         task.split.write(folder / "split.csv")
         bundle.save(
             folder / "model",
@@ -335,57 +331,6 @@ def train(
     return Trained(Path(out), result)
 
 
-def claim(
-    folder: Path, prepared: Prepared, *, resume: bool, overwrite: bool, main: bool = True
-) -> Result | None:
-    """Make a folder this run's own; the result that lies there, if the run is finished already.
-
-    Raises:
-        OutputError: something else lies there, or it cannot be written to.
-    """
-    note = folder / "run.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        holds = {entry.name for entry in folder.iterdir()}
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be used for the run: {error.strerror or error}.") from error
-    if holds and "run.json" not in holds:
-        raise OutputError(
-            f"{folder} holds something else ({', '.join(sorted(holds)[:3])}). "
-            "Give an empty or new folder with --out."
-        )
-    if holds:
-        there = _read_json(note).get("key")
-        if there == prepared.key:
-            finished = read_result(folder)
-            if finished is not None and finished.status == "finished":
-                return finished
-            if not resume and not overwrite:
-                raise OutputError(
-                    f"{folder} holds this run, unfinished. Go on with --resume, or start over with "
-                    "--overwrite."
-                )
-        elif not overwrite:
-            raise OutputError(
-                f"{folder} holds another run ({there}; this one is {prepared.key}). "
-                "Give another --out, or replace it with --overwrite."
-            )
-        if main and (overwrite and (there != prepared.key or not resume)):
-            for name in ("last.pt", "metrics.jsonl", "result.json", "predictions.npz", "run.json"):
-                (folder / name).unlink(missing_ok=True)
-    if main and not note.exists():
-        _write_json(note, {"key": prepared.key, "run": prepared.run.model_dump(mode="json")})
-    return None
-
-
-def read_result(folder: Path) -> Result | None:
-    """The `result.json` of a run's folder; None where there is none that can be read."""
-    try:
-        return Result.read(folder / "result.json")
-    except (OSError, ValueError):
-        return None
-
-
 def failed(prepared: Prepared, reason: str) -> Result:
     """The record of a run that could not be finished."""
     return _result(prepared, "failed").model_copy(update={"reason": reason})
@@ -412,19 +357,21 @@ def _result(prepared: Prepared, status: Any) -> Result:
 
 def _leave(folder: Path, result: Result, machine: Machine) -> None:
     if machine.main:
-        _write_json(folder / "result.json", result.model_dump(mode="json"))
+        write_json(folder / "result.json", result.model_dump(mode="json"))
 
 
 def _choose_layout(method: Method, batches: Any, folder: Path, machine: Machine, asked: bool | None) -> None:
     """Measure the faster memory layout once per run: a resumed run must compute as it did before."""
     note = folder / "run.json"
-    known = _read_json(note)
+    known = read_json(note)
     if asked is None:
         asked = known.get("channels_last")
-    x, _ = next(iter(batches))
-    machine.choose_layout(method.net, x, asked, cache_dir() / "layouts.json")
     if machine.main:
-        _write_json(note, known | {"channels_last": machine.channels_last})
+        x, _ = next(iter(batches))
+        machine.choose_layout(method.net, x, asked, cache_dir() / "layouts.json")
+    machine.channels_last = machine.from_main(machine.channels_last)
+    if machine.main:
+        write_json(note, known | {"channels_last": machine.channels_last})
 
 
 def _learning(method: Method, epochs: int) -> int:
@@ -450,34 +397,3 @@ def _card(result: Result, prepared: Prepared) -> dict[str, Any]:
         "fingerprints": prepared.fingerprints.model_dump(),
         "versions": result.versions,
     }
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return read if isinstance(read, dict) else {}
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with _whole(path) as fresh:
-        fresh.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    with _whole(path) as fresh, fresh.open("wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-
-
-@contextlib.contextmanager
-def _whole(path: Path) -> Any:
-    """A path to write to that becomes `path` when all is written, or never."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield fresh
-        fresh.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path} could not be written: {error.strerror or error}.") from error
-    finally:
-        fresh.unlink(missing_ok=True)

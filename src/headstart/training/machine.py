@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -24,6 +25,8 @@ from torch.optim import Optimizer
 from headstart.errors import ConfigError
 from headstart.method import Loss, Method, Phase
 from headstart.records import Precision, Recipe
+
+T = TypeVar("T")
 
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -49,8 +52,8 @@ class Machine:
         elif PartialState._shared_state and PartialState().num_processes == 1:
             PartialState._reset_state()
         self.accelerator = Accelerator(cpu=self.device.type == "cpu", mixed_precision=_PRECISION[precision])
-        self.rank = self.accelerator.process_index
-        self.world = self.accelerator.num_processes
+        self.rank: int = self.accelerator.process_index
+        self.world: int = self.accelerator.num_processes
         if self.world > 1:
             self.device = self.accelerator.device
         self.precision = precision
@@ -166,6 +169,8 @@ class Machine:
         Returns:
             The loss of the batch, averaged over its pictures; nothing in it is part of a graph.
         """
+        # DDP averages over processes, not over pictures: a larger share of the batch must count for more.
+        weight = self._share(len(x))
         losses: list[tuple[float, Loss]] = []
         micro = list(zip(x.chunk(grad_accum), y.chunk(grad_accum), strict=True))
         for i, (part, labels) in enumerate(micro):
@@ -176,7 +181,9 @@ class Machine:
                 with self.autocast():
                     loss = method(part, labels)
                 self._note_memory()
-                self.accelerator.backward(loss.total * share if len(micro) > 1 else loss.total)
+                self.accelerator.backward(
+                    loss.total if share * weight == 1.0 else loss.total * (share * weight)
+                )
             losses.append((share, loss))
         if clip is not None:
             learning = [p for group in optimizer.param_groups for p in group["params"]]
@@ -192,6 +199,22 @@ class Machine:
         }
         total = torch.stack([share * loss.total.detach() for share, loss in losses]).sum()
         return Loss(total, torch.cat([loss.logits for _, loss in losses]), parts)
+
+    def _share(self, n: int) -> float:
+        """Pictures of this process over the processes' mean."""
+        if self.world == 1:
+            return 1.0
+        every = torch.tensor(float(n), device=self.device)
+        torch.distributed.all_reduce(every)
+        return n * self.world / float(every)
+
+    def from_main(self, value: T) -> T:
+        """The main process's value, in every process; waits for it."""
+        if self.world == 1:
+            return value
+        values = [value]
+        broadcast_object_list(values, from_process=0)
+        return values[0]
 
     def forget(self) -> None:
         """Let go of the optimisers of a finished phase."""
