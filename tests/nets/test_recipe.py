@@ -7,7 +7,10 @@ from headstart.nets.recipe import family, recipe
 
 FAMILIES = {
     "test_resnet": "batchnorm-cnn",
-    "efficientnet_b0": "batchnorm-cnn",
+    "efficientnet_b0": "depthwise-cnn",
+    "mobilenetv3_small_050": "depthwise-cnn",
+    "tf_efficientnet_lite0": "depthwise-cnn",
+    "densenet121": "batchnorm-cnn",
     "regnety_002": "batchnorm-cnn",
     "skresnet18": "batchnorm-cnn",
     "resnet50_clip": "batchnorm-cnn",  # one attention layer, which pools
@@ -42,7 +45,7 @@ def test_family_of_ones_own_network() -> None:
 
 def test_recipes_differ_where_the_families_do() -> None:
     cnn = recipe(timm.create_model("test_resnet"), train_size=2000, batch_size=32)
-    assert (cnn.optimizer, cnn.lr, cnn.momentum, cnn.nesterov) == ("sgd", 0.01, 0.9, True)
+    assert (cnn.optimizer, cnn.lr, cnn.momentum, cnn.nesterov) == ("sgd", 0.003, 0.9, True)
     assert (cnn.weight_decay, cnn.warmup, cnn.clip, cnn.norm) == (1e-4, 0.05, None, "train")
     for name, lr in (("test_convnext", 1e-4), ("test_vit", 5e-5)):
         modern = recipe(timm.create_model(name), train_size=2000, batch_size=32)

@@ -6,6 +6,10 @@ All values are for batches of 32 to 64 and hundreds to thousands of labels. Orig
     [K]  Kornblith et al., arXiv 1805.08974: Nesterov momentum; 0.01 lies inside the range that wins
     [L]  Li et al., "Rethinking the hyperparameters for fine-tuning", arXiv 2002.11770: what matters is
          lr / (1 - momentum); 0.001 to 0.03 at momentum 0.9, weight decay 0 to 5e-4
+    [D]  Measured here: efficientnet-lite0 on about 300 clipart drawings, 5 epochs, seed 0. SGD at 0.01 with a
+         head at ten times that ends at chance with kept statistics, 0.003 learns; AdamW at 3e-4 reaches
+         59 % against 52 to 53 % of SGD at 0.003. Gradients of depthwise and dense kernels differ in scale
+         by far, which Adam's steps do not see; the papers of these networks use RMSProp (arXiv 1905.11946)
     [C]  ConvNeXt's fine-tuning recipe (Liu et al., arXiv 2201.03545, appendix A.2): AdamW, 5e-5, cosine
     [V]  AdamW at 5e-4 or more destroys a ViT-B on near domains, 1e-5 to 3e-4 is safe (VTAB-1k logs of
          Mai et al., arXiv 2409.16434); weight decay 0.05, warm-up of 10 %, norm clipped at 1
@@ -23,7 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from headstart.records import Norm, Recipe
 
-Family = Literal["batchnorm-cnn", "layernorm-cnn", "plain-cnn", "transformer"]
+Family = Literal["batchnorm-cnn", "depthwise-cnn", "layernorm-cnn", "plain-cnn", "transformer"]
 
 # [T] Below these a batch's statistics are too noisy to train with.
 FEW_PICTURES = 500
@@ -35,15 +39,20 @@ def family(net: nn.Module) -> Family:
 
     - "transformer": two or more layers of multi-head attention (ViT, Swin, MaxViT, MobileViT). One alone
       is a pooling layer (CLIP's ResNets).
-    - "batchnorm-cnn": most norms are BatchNorm (ResNet, RegNet, EfficientNet).
+    - "batchnorm-cnn": most norms are BatchNorm (ResNet, RegNet, DenseNet).
+    - "depthwise-cnn": so too, and an eighth or more of its convolutions are depthwise (EfficientNet,
+      MobileNet).
     - "layernorm-cnn": most norms look at one picture at a time over all its channels (ConvNeXt, PoolFormer,
       MLP-Mixer, which learns as these do).
     - "plain-cnn": GroupNorm, or no norms at all (BiT, NFNet, VGG).
     """
     if sum(_attends(module) for module in net.modules()) >= 2:
         return "transformer"
-    batch = layer = group = 0
+    batch = layer = group = convolutions = depthwise = 0
     for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            convolutions += 1
+            depthwise += module.groups == module.in_channels > 1
         if isinstance(module, _BatchNorm):
             batch += 1
         elif isinstance(module, nn.GroupNorm) and module.num_groups > 1:
@@ -51,7 +60,7 @@ def family(net: nn.Module) -> Family:
         elif isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm):
             layer += 1
     if batch and batch >= max(layer, group):
-        return "batchnorm-cnn"
+        return "depthwise-cnn" if depthwise >= convolutions / 8 else "batchnorm-cnn"
     return "layernorm-cnn" if layer and layer >= group else "plain-cnn"
 
 
@@ -68,7 +77,7 @@ def recipe(net: nn.Module, *, train_size: int, batch_size: int) -> Recipe:
     if kind == "batchnorm-cnn":
         return Recipe(
             optimizer="sgd",  # [B] [K]
-            lr=0.01,  # [K] [L]
+            lr=0.003,  # [L]; its middle, because a fresh head learns at ten times this rate [D]
             momentum=0.9,  # [B]
             nesterov=True,  # [K]
             weight_decay=1e-4,  # [L]
@@ -78,10 +87,22 @@ def recipe(net: nn.Module, *, train_size: int, batch_size: int) -> Recipe:
             clip=None,
             norm=norm,
         )
+    if kind == "depthwise-cnn":
+        return Recipe(
+            optimizer="adamw",  # [D]
+            lr=3e-4,  # [D]
+            momentum=0.9,
+            weight_decay=0.05,  # [V]
+            schedule="cosine",
+            warmup=0.05,
+            label_smoothing=0.1,  # [S]
+            clip=None,
+            norm=norm,
+        )
     if kind == "plain-cnn":
         return Recipe(
             optimizer="sgd",  # [B], whose networks have GroupNorm
-            lr=0.01,
+            lr=0.003,
             momentum=0.9,
             nesterov=True,
             weight_decay=1e-4,

