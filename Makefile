@@ -29,16 +29,16 @@ $(BIN)/python:
 
 $(VENV)/installed: $(BIN)/python pyproject.toml constraints.txt
 	@echo "Installing into $(VENV); the first time this fetches PyTorch and takes a minute or two."
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo]'
+	$(PIP) install --quiet --quiet --constraint constraints.txt --editable '.[demo]'
 	@touch $@
 
 $(VENV)/installed-dev: $(BIN)/python pyproject.toml constraints.txt
 	@echo "Installing into $(VENV); the first time this fetches PyTorch and takes a minute or two."
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --quiet --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@ $(VENV)/installed
 
 $(VENV)/installed-bench: $(BIN)/python pyproject.toml constraints.txt
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(PIP) install --quiet --quiet --constraint constraints.txt --editable '.[bench]'
 	@touch $@ $(VENV)/installed
 
 clean:
