@@ -115,6 +115,8 @@ def _write(target: Path, record: dict[str, Any]) -> None:
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        # Names that are no UTF-8 become JSON's own escapes.
+        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+        target.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise OutputError(f"{target} cannot be written: {error.strerror or error}.") from None

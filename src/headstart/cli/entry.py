@@ -5,6 +5,7 @@ The modules of the commands are imported when one of them is asked for, so that 
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -79,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         headstart (with a file that holds the details), 2 finished with failed runs, 130 interrupted.
     """
     given = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that cannot be written is no reason to stop
+        sys.stdout.reconfigure(errors="backslashreplace")
     with outcome.terminated_like_interrupted():
         try:
             code = _run(given)

@@ -379,6 +379,13 @@ def _table(
     what: str,
 ) -> Table:
     classes = sorted({label for _, label, _ in rows})
+    for name in classes:
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            shown = name.encode("utf-8", "backslashreplace").decode()
+            raise DataError(
+                f"{what}: the name of the class '{shown}' is not UTF-8, as in archives made on old systems. "
+                "Rename its folder."
+            )
     if len(classes) == 1:
         raise DataError(
             f"{what} has one class only, '{classes[0]}' ({len(rows)} pictures). "

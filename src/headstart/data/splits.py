@@ -70,7 +70,13 @@ class Split:
         path = Path(path)
         try:
             with tempfile.NamedTemporaryFile(
-                "w", dir=path.parent, prefix=".split-", encoding="utf-8", newline="", delete=False
+                "w",
+                dir=path.parent,
+                prefix=".split-",
+                encoding="utf-8",
+                errors="surrogateescape",  # file names that are no UTF-8 are written as they are
+                newline="",
+                delete=False,
             ) as file:
                 writer = csv.writer(file)
                 writer.writerow(_COLUMNS)
@@ -94,7 +100,7 @@ class Split:
         hashes: list[str | None] = [None] * len(table)
         sides: list[str | None] = [None] * len(table)
         try:
-            with Path(path).open(encoding="utf-8", newline="") as file:
+            with Path(path).open(encoding="utf-8", errors="surrogateescape", newline="") as file:
                 reader = csv.DictReader(file)
                 if tuple(reader.fieldnames or ()) != _COLUMNS:
                     raise DataError(f"{path} is not a split: its columns should be {', '.join(_COLUMNS)}.")

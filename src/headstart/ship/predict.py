@@ -211,7 +211,13 @@ def _pictures(path: Path) -> Iterator[Path | Prediction]:
         return
     failed: list[OSError] = []
     found = False
-    for here, folders, files in os.walk(path, onerror=failed.append):
+    seen: set[str] = set()  # linked folders are walked as in training, but none twice
+    for here, folders, files in os.walk(path, onerror=failed.append, followlinks=True):
+        real = os.path.realpath(here)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,14 @@ def claim(
         holds = {entry.name for entry in folder.iterdir()}
     except OSError as error:
         raise OutputError(f"{folder} cannot be used for the run: {error.strerror or error}.") from error
-    if holds and "run.json" not in holds:
+    # A kill or a full disk in the first moment leaves these without a run.json beside them.
+    begun = (".run.json.", "error.txt")
+    if "run.json" not in holds and not all(name.startswith(begun) for name in holds):
         raise OutputError(
             f"{folder} holds something else ({', '.join(sorted(holds)[:3])}). "
             "Give an empty or new folder with --out."
         )
-    if holds:
+    if "run.json" in holds:
         there = read_json(note).get("key")
         if there == key:
             finished = read_result(folder)
@@ -60,6 +63,8 @@ def claim(
         if overwrite and (there != key or not resume):
             for name in ("last.pt", "metrics.jsonl", "result.json", "predictions.npz", "run.json"):
                 (folder / name).unlink(missing_ok=True)
+            # Left there, it would be taken for the new run's as long as that has no result.
+            shutil.rmtree(folder / "model", ignore_errors=True)
     if not note.exists():
         write_json(note, {"key": key, "run": asked})
     return None
@@ -84,8 +89,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write plain data, whole or not at all."""
+    # Paths that are no UTF-8 hold lone surrogates; spelled with a backslash these are JSON's own escapes.
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     with whole(path) as fresh:
-        fresh.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        fresh.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

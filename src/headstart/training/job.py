@@ -6,6 +6,7 @@ import copy
 import platform
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -19,7 +20,7 @@ from torch import nn
 from headstart import registry
 from headstart.data.cache import cache_dir
 from headstart.data.loader import Task, load
-from headstart.errors import ConfigError, HeadstartError, MethodError, TrainingError
+from headstart.errors import ConfigError, HeadstartError, MethodError, OutputError, TrainingError
 from headstart.method import Method
 from headstart.nets import recipe as recipes
 from headstart.nets import zoo
@@ -89,7 +90,7 @@ def prepare(run: Run, *, share: Prepared | None = None, say: Callable[[str], Non
         task = share.task
     else:
         task = load(run, pretrained.preprocess, say=say)
-    task.class_weights(run.class_weights)  # a mistake in that file is found before a folder is claimed
+    weights = task.class_weights(run.class_weights)  # a mistake in that file is found before a folder is claimed
     family = recipes.recipe(
         pretrained.net, train_size=len(task.labels("train")), batch_size=effective.batch_size
     )
@@ -108,6 +109,8 @@ def prepare(run: Run, *, share: Prepared | None = None, say: Callable[[str], Non
             + (", or --norm eval." if cls.keeps_statistics else f"; {run.method} cannot hold them.")
         )
     settled = {"hyper": hyper, "recipe": recipe.model_dump(), "batch_size": effective.batch_size}
+    if run.class_weights not in ("none", "auto") and weights is not None:
+        settled["class_weights"] = weights.tolist()  # a file that was changed asks for another run
     return Prepared(
         run=run,
         task=task,
@@ -185,10 +188,10 @@ def execute(
             f"Out of memory on {machine.device}. Use a smaller --batch-size, or the same in more "
             f"micro-batches with --grad-accum {max(2, prepared.run.grad_accum * 2)}."
         )
-        _leave(folder, failed(prepared, str(reason)), machine)
+        _leave_failed(folder, prepared, reason, machine)
         raise reason from error
     except HeadstartError as error:
-        _leave(folder, failed(prepared, str(error)), machine)
+        _leave_failed(folder, prepared, error, machine)
         raise
 
 
@@ -358,6 +361,11 @@ def _result(prepared: Prepared, status: Any) -> Result:
 def _leave(folder: Path, result: Result, machine: Machine) -> None:
     if machine.main:
         write_json(folder / "result.json", result.model_dump(mode="json"))
+
+
+def _leave_failed(folder: Path, prepared: Prepared, error: HeadstartError, machine: Machine) -> None:
+    with suppress(OutputError):  # on a full disk the reason itself is what a person has to read
+        _leave(folder, failed(prepared, str(error)), machine)
 
 
 def _choose_layout(method: Method, batches: Any, folder: Path, machine: Machine, asked: bool | None) -> None:

@@ -97,7 +97,9 @@ def fit(
         fitted = Fitted([PhaseTime(**each) for each in saved["phases"]], saved["history"])
         best = saved["best"]
         reporter.say(f"resumed after epoch {len(fitted.history)}")
-    _seed(seed, 0)  # what a phase measures on entering may be random too
+        if checkpoint is not None and machine.main:  # it may have been killed between the two files
+            _write_metrics(checkpoint.path.with_name("metrics.jsonl"), fitted.history)
+    _seed_entering(seed, train, fitted)
     clock = time.perf_counter()
 
     for phase in method.phases(epochs, batches, val, plain):
@@ -180,6 +182,7 @@ def fit(
         if average is not None:
             average.swap()  # what is kept is the average
         machine.forget()
+        _seed_entering(seed, train, fitted)
 
     if not fitted.phases:  # all was done on entering
         seconds = time.perf_counter() - clock
@@ -232,6 +235,12 @@ class _Sums:
 def _seed(seed: int, epoch: int) -> None:
     """Start the random numbers of an epoch; those of different seeds and epochs have nothing in common."""
     torch.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]))
+
+
+def _seed_entering(seed: int, train: Epochs, fitted: Fitted) -> None:
+    """What a phase draws or looks at on entering is the same whether the run was resumed or not."""
+    _seed(seed, 0)
+    train.epoch = len(fitted.history)
 
 
 def _validate(method: Method, val: Iterable[tuple[Tensor, Tensor]], after: str) -> dict[str, float | None]:
