@@ -88,6 +88,7 @@ class TwoPhases(Method):
 
     def measure(self, data: Data) -> None:
         self.memory["drawn"] = torch.randn(3)
+        self.memory["seen"] = next(iter(data.train))[0].mean()  # augmented, so it depends on the epoch
 
 
 @pytest.mark.parametrize("cls", [Full, L2SP, LPFT, TwoPhases])
@@ -108,6 +109,8 @@ def test_killed_after_any_epoch_and_resumed_is_bit_equal(
         fitted = train(resumed, folder, recipe=recipe)
         for name, value in straight.net.state_dict().items():
             assert torch.equal(value, resumed.net.state_dict()[name]), (stop, name)
+        for name in straight.memory.state_dict():
+            assert torch.equal(straight.memory[name], resumed.memory[name]), (stop, name)
         assert len(fitted.history) == 4
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         assert len(lines) == 4
