@@ -54,6 +54,14 @@ def test_class_folders_recursive_hidden_and_odd_names(tmp_path: Path) -> None:
     assert any("empty" in note for note in table.notes) and any("1 .txt" in note for note in table.notes)
 
 
+def test_a_class_whose_name_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    try:
+        root = make(tmp_path, "cat/1.png", os.fsdecode(b"\xe9t\xe9/1.png"))
+    except OSError:
+        pytest.skip("this disk takes UTF-8 names only")
+    assert "name of the class '\\udce9t\\udce9' is not UTF-8" in refused(root)
+
+
 def test_links_are_followed_once(tmp_path: Path) -> None:
     root = make(tmp_path / "data", "a/1.png", "b/2.png")
     make(tmp_path / "elsewhere", "3.png")
