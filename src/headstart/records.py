@@ -105,7 +105,9 @@ class Run(Record):
     mixup: float = Field(0.0, ge=0, description="alpha of mixup; 0: off")
     cutmix: float = Field(0.0, ge=0, description="alpha of cutmix; 0: off")
     grad_accum: int = Field(1, ge=1, description="micro-batches per optimiser step")
-    patience: int | None = Field(None, ge=1, description="stop after so many epochs without a better val, and keep the best")
+    patience: int | None = Field(
+        None, ge=1, description="stop after so many epochs without a better val, and keep the best"
+    )
     keep: Keep = Field("last", description="weights that are scored and shipped; 'best': best on val")
     precision: Precision = "fp32"
 

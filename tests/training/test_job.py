@@ -244,6 +244,57 @@ def test_claim_tells_an_unfinished_run_from_a_finished_one(
     assert claim(folder, key, {}, resume=True, overwrite=False) is None
 
 
+def test_a_claim_that_was_cut_short_and_a_model_of_another_run_are_in_nobodys_way(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".run.json.4711").write_text("{")
+    (folder / "error.txt").write_text("")
+    assert claim(folder, "one", {}, resume=False, overwrite=False) is None
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text("{}")
+    assert claim(folder, "two", {}, resume=False, overwrite=True) is None
+    assert not (folder / "model").exists()
+    assert json.loads((folder / "run.json").read_text())["key"] == "two"
+
+
+def test_the_key_is_of_what_a_file_of_class_weights_says(
+    pictures: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    def key(weight: float) -> str:
+        file = tmp_path / "weights.yaml"
+        file.write_text(f"class_a: {weight}")
+        run = Run.asked(**asked(pictures, tiny_model, class_weights=str(file)))
+        return prepare(run, say=lambda _: None).key
+
+    assert key(2.0) == key(2.0) != key(3.0)
+
+
+def test_a_full_disk_does_not_hide_why_a_run_failed(
+    pictures: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OutputError("result.json could not be written: No space left on device.")
+
+    monkeypatch.setattr("headstart.training.job._leave", full)
+    with pytest.raises(TrainingError, match="Try a lower --lr"):
+        train(pictures, tiny_model, tmp_path / "run", method="full", lr=1e30, optimizer="sgd")
+
+
+def test_file_names_that_are_no_utf8_train_and_predict(
+    pictures: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    old = pictures / "class_a" / "000.png"
+    new = pictures / "class_a" / os.fsdecode(b"\xe9t\xe9.png")
+    try:
+        old.rename(new)
+    except OSError:
+        pytest.skip("this disk takes UTF-8 names only")
+    out = tmp_path / "run"
+    trained = train(pictures, tiny_model, out, method="probe")
+    assert b"class_a/\xe9t\xe9.png,class_a," in (out / "split.csv").read_bytes()
+    assert trained.predict(new)[0].label is not None
+
+
 SCRIPT = """
 import sys, headstart
 from headstart.training.events import Lines

@@ -90,7 +90,8 @@ def prepare(run: Run, *, share: Prepared | None = None, say: Callable[[str], Non
         task = share.task
     else:
         task = load(run, pretrained.preprocess, say=say)
-    weights = task.class_weights(run.class_weights)  # a mistake in that file is found before a folder is claimed
+    # Read now, so that a mistake in a file of weights is found before a folder is claimed.
+    weights = task.class_weights(run.class_weights)
     family = recipes.recipe(
         pretrained.net, train_size=len(task.labels("train")), batch_size=effective.batch_size
     )
