@@ -99,6 +99,11 @@ def test_folders_are_walked(predictor: Predictor, tmp_path: Path) -> None:
     rows = predictor.predict([root, root / "b.png"])
     assert [Path(row.path).name for row in rows] == ["b.png", "broken.jpg", "a.JPG", "b.png"]
     assert [row.label for row in rows] == ["blue", None, "red", "blue"]
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "album").symlink_to(root)
+    (root / "sub" / "up").symlink_to(root)  # leads back up: walked once
+    linked = predictor.predict(tmp_path / "links")
+    assert [Path(row.path).name for row in linked] == ["b.png", "broken.jpg", "a.JPG"]
     (empty,) = predictor.predict(tmp_path / "run")
     assert empty.error == "no pictures in this folder"
     assert predictor.predict([]) == []
