@@ -12,9 +12,10 @@ memory; the time runs until the trained network and its scores lie on the disk.
   (`num_workers=1`), transparency thrown away (the cheapest decoding there is), BatchNorm in training mode as
   in any plain loop; the state dict is saved once.
 
-headstart's default method is `lp-ft`, which does the same learning and solves the head before; `--methods full`
-measures the same learning alone. The two sides alternate; each number is the ratio of medians of five. Imports
-and loading the pretrained weights are in neither time; the files lie in the system's cache for both.
+headstart's default method is `lp-ft`, which does the same learning and solves the head before; with
+`--methods full` the same learning is measured alone. The two sides alternate; each number is the ratio of
+medians of five. Imports and loading the pretrained weights are in neither time; the files lie in the
+system's cache for both.
 """
 
 from __future__ import annotations
