@@ -230,7 +230,8 @@ class Result(Record):
     @classmethod
     def read(cls, path: Path) -> Result:
         """Read a `result.json`."""
-        return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        # Not pydantic's own reader: it refuses the escapes of file names that are no UTF-8.
+        return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
 
 
 def sentence(error: ValidationError) -> str:

@@ -291,6 +291,10 @@ def test_file_names_that_are_no_utf8_train_and_predict(
         pytest.skip("this disk takes UTF-8 names only")
     out = tmp_path / "run"
     trained = train(pictures, tiny_model, out, method="probe")
+    old_archive = pictures.rename(tmp_path / os.fsdecode(b"\xe9t\xe9"))
+    assert train(old_archive, tiny_model, tmp_path / "again", method="probe").result.status == "finished"
+    assert Result.read(tmp_path / "again" / "result.json").run.data == str(old_archive)
+    new = old_archive / "class_a" / new.name
     assert b"class_a/\xe9t\xe9.png,class_a," in (out / "split.csv").read_bytes()
     assert trained.predict(new)[0].label is not None
 

@@ -112,6 +112,7 @@ def test_killed_after_any_epoch_and_resumed_is_bit_equal(
         for name in straight.memory.state_dict():
             assert torch.equal(straight.memory[name], resumed.memory[name]), (stop, name)
         assert len(fitted.history) == 4
+        assert 0 < fitted.before <= sum(phase.seconds for phase in fitted.phases)
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         assert len(lines) == 4
         assert [json.loads(line)["loss"] for line in lines] == [

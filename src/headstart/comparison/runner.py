@@ -328,7 +328,8 @@ class _Runner:
     def _write_outcome(self) -> Comparison:
         ledger.write_table(self.folder / "results.csv", self.entries)
         found = judge(self.entries, labels=self.grid.labels, baseline=self.grid.baseline)
-        ledger.write(self.folder / "verdict.json", found.model_dump_json(indent=2) + "\n")
+        text = json.dumps(found.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+        ledger.write(self.folder / "verdict.json", text)
         results = [entry.result for entry in self.entries if entry.result is not None]
         return Comparison(self.folder, found, results)
 

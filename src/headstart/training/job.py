@@ -273,7 +273,9 @@ def _execute(prepared: Prepared, folder: Path, machine: Machine, reporter: Repor
             classes=task.classes,
             card=_card(result, prepared),
         )
-        result = result.model_copy(update={"seconds": round(time.perf_counter() - started, 2)})
+        # A resumed run is no cheaper than one that was left in peace: a verdict weighs these.
+        seconds = time.perf_counter() - started + fitted.before
+        result = result.model_copy(update={"seconds": round(seconds, 2)})
         _leave(folder, result, machine)
         (folder / "last.pt").unlink(missing_ok=True)
     reporter.row(result)

@@ -44,6 +44,7 @@ class Fitted:
     phases: list[PhaseTime] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)  # one record per epoch
     kept: str = "last"  # or "best, epoch 7"
+    before: float = 0.0  # seconds that were spent on it before it was interrupted
 
 
 def fit(
@@ -95,6 +96,7 @@ def fit(
     if saved is not None:
         method.load_state_dict(saved["method"])
         fitted = Fitted([PhaseTime(**each) for each in saved["phases"]], saved["history"])
+        fitted.before = sum(phase.seconds for phase in fitted.phases)
         best = saved["best"]
         reporter.say(f"resumed after epoch {len(fitted.history)}")
         if checkpoint is not None and machine.main:  # it may have been killed between the two files
