@@ -101,3 +101,10 @@ def test_set_head(head: nn.Module) -> None:
     assert torch.equal(head.get_parameter("weight").flatten(1), solution.weight)
     if getattr(head, "bias", None) is not None:
         assert torch.equal(head.get_parameter("bias"), solution.bias)
+
+
+@pytest.mark.parametrize("C", [0.0, -1.0, float("nan")])
+def test_a_penalty_that_is_none_is_refused(C: float) -> None:
+    x, y = blobs(12, 3, 0)
+    with pytest.raises(MethodError, match="a number above 0"):
+        solve(x, y, 3, grid=(C,))

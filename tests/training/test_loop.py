@@ -169,6 +169,8 @@ def test_a_loss_that_is_not_a_number_stops_at_its_step_and_keeps_the_checkpoint(
     method = Full(make_net(), 3)
     with pytest.raises(TrainingError, match=r"nan in phase 'fine-tune', epoch 3, step 2\."):
         train(method, tmp_path, train=Bad())
+    with pytest.raises(TrainingError, match=r"--clip 1\.$"):  # there is no checkpoint yet to speak of
+        train(Full(make_net(), 3), recipe=RECIPE.model_copy(update={"lr": 1e30}))
     saved = torch.load(tmp_path / "last.pt", weights_only=True)
     assert len(saved["history"]) == 2
     assert all(value.isfinite().all() for value in saved["method"].values() if isinstance(value, Tensor))

@@ -39,7 +39,9 @@ def test_two_processes_train_one_network(pictures: Path, tiny_model: Path, tmp_p
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Next:") == 1  # one of them speaks
-        losses[processes] = [json.loads(line)["val_log_loss"] for line in (out / "metrics.jsonl").open()]
+        losses[processes] = [
+            json.loads(line)["val_log_loss"] for line in (out / "metrics.jsonl").read_text().splitlines()
+        ]
         assert json.loads((out / "result.json").read_text())["status"] == "finished"
     # Statistics are held and the shares are equal, so the two differ by rounding only.
     assert losses[1] == pytest.approx(losses[2], rel=1e-3)
