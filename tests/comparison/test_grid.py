@@ -64,6 +64,8 @@ def test_rooms_and_all() -> None:
         ({"methods": []}, "No method was given"),
         ({"methods": " , "}, "No method was given"),
         ({"methods": [3]}, "methods holds names"),
+        ({"methods": 3}, "methods holds names"),
+        ({"methods": ["full"], "baseline": 3}, "A method has a name"),
         ({"methods": ["full"], "baseline": "probes"}, "Did you mean 'probe'?"),
         ({"methods": ["full"], "seeds": 0}, "from 1"),
         ({"methods": ["full"], "seeds": []}, "whole numbers from 0"),

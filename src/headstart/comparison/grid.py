@@ -87,6 +87,8 @@ def plan(
 
 
 def _labels(methods: str | Iterable[str]) -> list[str]:
+    if not isinstance(methods, Iterable):
+        raise ConfigError(f"methods holds names such as 'full' or 'l2-sp:paper'. Got {methods!r}.")
     given = methods.split(",") if isinstance(methods, str) else list(methods)
     labels: list[str] = []
     for item in given:
@@ -107,6 +109,8 @@ def _labels(methods: str | Iterable[str]) -> list[str]:
 
 def _label(given: str) -> str:
     """The label as the table shows it, after looking up that method and preset exist."""
+    if not isinstance(given, str):
+        raise ConfigError(f"A method has a name such as 'full' or 'l2-sp:paper'. Got {given!r}.")
     name, preset = _parts(given)
     registry.preset(registry.get(name), preset)
     return name if preset is None else f"{name}:{preset}"

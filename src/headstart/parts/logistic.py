@@ -51,6 +51,9 @@ def solve(
     Returns:
         The head for features as they are (the scaling used inside is folded in).
     """
+    wrong = [C for C in grid if not C > 0]
+    if wrong:
+        raise MethodError(f"C = {wrong[0]:g}: the inverse strength of a penalty is a number above 0.")
     missing = sorted(set(range(classes)) - set(y.tolist()))
     if missing:
         raise MethodError(f"A linear head needs a picture of every class; class {missing[0]} has none.")

@@ -222,9 +222,10 @@ class _Sums:
         if len(bad):
             first = int(bad[0])
             step = last - len(self.losses) + 2 + first
+            stays = "; the checkpoint of the epoch before it stays" if epoch else ""
             raise TrainingError(
                 f"The loss became {float(self.losses[first])} in phase '{phase}', epoch {epoch + 1}, "
-                f"step {step}. Try a lower --lr, or --clip 1; the checkpoint of the epoch before it stays."
+                f"step {step}. Try a lower --lr, or --clip 1{stays}."
             )
         self.losses.clear()
 
