@@ -6,9 +6,10 @@ file names, on the order of files, or on where the folder lies.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
-import tempfile
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -68,26 +69,22 @@ class Split:
             OutputError: the file cannot be written.
         """
         path = Path(path)
+        fresh = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            with tempfile.NamedTemporaryFile(
-                "w",
-                dir=path.parent,
-                prefix=".split-",
-                encoding="utf-8",
-                errors="surrogateescape",  # file names that are no UTF-8 are written as they are
-                newline="",
-                delete=False,
-            ) as file:
+            # File names that are no UTF-8 are written as they are.
+            with fresh.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
                 writer = csv.writer(file)
                 writer.writerow(_COLUMNS)
                 for i, side in enumerate(self.sides):
                     if side is not None:
                         label = self.table.classes[self.table.labels[i]]
                         writer.writerow((self.table.relative(i), label, side, self.hashes[i]))
-            Path(file.name).chmod(0o644)
-            Path(file.name).replace(path)
+            fresh.replace(path)
         except OSError as error:
             raise OutputError(f"The split cannot be written to {path}: {error.strerror or error}.") from None
+        finally:
+            with contextlib.suppress(OSError):
+                fresh.unlink(missing_ok=True)
 
     @classmethod
     def read(cls, path: str | Path, table: Table) -> Split:
