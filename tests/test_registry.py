@@ -171,3 +171,17 @@ def test_defaults_and_presets_fit_their_own_annotations(cls: type[Method]) -> No
     assert registry.configure(cls, None, defaults) == defaults
     for name, preset in cls.presets.items():
         assert registry.configure(cls, name, preset.hyper) == defaults | dict(preset.hyper)
+
+
+@pytest.mark.parametrize(
+    ("method", "hyper"),
+    [
+        ("l2-sp", {"alpha": -1}),
+        ("full", {"head_lr": -1}),
+        ("lp-ft", {"layer_decay": 0}),
+        ("probe", {"C": -2}),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(method: str, hyper: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="does not fit: input should be greater than"):
+        registry.configure(registry.get(method), None, hyper)

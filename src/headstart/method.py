@@ -134,8 +134,9 @@ class Parameter(NamedTuple):
 
     name: str
     default: Any
-    annotation: Any
+    annotation: Any  # the plain type
     about: str
+    schema: Any = Any  # the type with its bounds, as pydantic checks it
 
     @property
     def choices(self) -> list[Any] | None:
@@ -338,9 +339,12 @@ class Method(nn.Module):
         """The hyper-parameters: keyword arguments beyond `Method`'s own, described in the docstring."""
         own = inspect.signature(Method.__init__).parameters
         hints = typing.get_type_hints(cls.__init__)
+        bounds = typing.get_type_hints(cls.__init__, include_extras=True)
         about = _described(inspect.getdoc(cls) or "")
         return {
-            name: Parameter(name, parameter.default, hints.get(name, Any), about.get(name, ""))
+            name: Parameter(
+                name, parameter.default, hints.get(name, Any), about.get(name, ""), bounds.get(name, Any)
+            )
             for name, parameter in inspect.signature(cls.__init__).parameters.items()
             if name not in own and parameter.kind is parameter.KEYWORD_ONLY
         }

@@ -222,7 +222,9 @@ class Result(Record):
         None, description="which weights were scored and shipped: 'last' or 'best, epoch 7'"
     )
     parameters: Parameters | None = None
-    peak_memory_mb: float | None = None
+    peak_memory_mb: float | None = Field(
+        None, description="MiB: allocated on the GPU; on the CPU of the whole process, libraries included"
+    )
     ms_per_image: float | None = None
     diagnostics: dict[str, Any] = Field(default_factory=dict, description="plain data the method left")
     versions: dict[str, str] = Field(default_factory=dict)

@@ -90,7 +90,7 @@ def configure(cls: type[Method], preset_name: str | None, hyper: Mapping[str, An
                 raise ConfigError(f"Method '{cls.name}' has no hyper-parameters; '{name}' was given.")
             raise ConfigError(unknown(f"hyper-parameter of '{cls.name}'", name, declared))
         try:
-            adapter = TypeAdapter(declared[name].annotation, config=ConfigDict(arbitrary_types_allowed=True))
+            adapter = TypeAdapter(declared[name].schema, config=ConfigDict(arbitrary_types_allowed=True))
             values[name] = adapter.validate_python(value)
         except ValidationError as error:
             first = error.errors()[0]["msg"]

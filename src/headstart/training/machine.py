@@ -172,7 +172,9 @@ class Machine:
         # DDP averages over processes, not over pictures: a larger share of the batch must count for more.
         weight = self._share(len(x))
         losses: list[tuple[float, Loss]] = []
-        micro = list(zip(x.chunk(grad_accum), y.chunk(grad_accum), strict=True))
+        # A short last batch goes in fewer pieces: none of a single picture, which BatchNorm cannot take.
+        pieces = max(1, min(grad_accum, len(x) // 2))
+        micro = list(zip(x.tensor_split(pieces), y.tensor_split(pieces), strict=True))
         for i, (part, labels) in enumerate(micro):
             share = len(part) / len(x)
             last = i == len(micro) - 1

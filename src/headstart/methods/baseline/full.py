@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import nn
 
 from headstart.method import Method, Phase, Room
@@ -36,8 +37,8 @@ class Full(Method):
         net: nn.Module,
         classes: int | None = None,
         *,
-        head_lr: float = 10.0,
-        layer_decay: float = 1.0,
+        head_lr: NonNegativeFloat = 10.0,
+        layer_decay: PositiveFloat = 1.0,
         **given: Any,
     ) -> None:
         super().__init__(net, classes, **given)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import nn
 
 from headstart.method import Data, Method, Phase, Preset, Room
@@ -56,9 +57,9 @@ class LPFT(Method):
         net: nn.Module,
         classes: int | None = None,
         *,
-        C: float | None = 1e-4,
-        head_lr: float = 5.0,
-        layer_decay: float | None = None,
+        C: PositiveFloat | None = 1e-4,
+        head_lr: NonNegativeFloat = 5.0,
+        layer_decay: PositiveFloat | None = None,
         **given: Any,
     ) -> None:
         super().__init__(net, classes, **given)

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from headstart.errors import MethodError
@@ -78,7 +79,7 @@ class Probe(Method):
     paper = "Kornblith, Shlens, Le, CVPR 2019, arXiv 1805.08974, section 4.1"
 
     def __init__(
-        self, net: nn.Module, classes: int | None = None, *, C: float | None = None, **given: Any
+        self, net: nn.Module, classes: int | None = None, *, C: PositiveFloat | None = None, **given: Any
     ) -> None:
         super().__init__(net, classes, **given)
         self.C = C

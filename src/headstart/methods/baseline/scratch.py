@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from pydantic import PositiveFloat
 from torch import nn
 
 from headstart.method import Method, Phase, Room
@@ -32,7 +33,7 @@ class Scratch(Method):
     keeps_statistics = False  # those of the source say nothing about random weights
 
     def __init__(
-        self, net: nn.Module, classes: int | None = None, *, lr_scale: float = 10.0, **given: Any
+        self, net: nn.Module, classes: int | None = None, *, lr_scale: PositiveFloat = 10.0, **given: Any
     ) -> None:
         super().__init__(net, classes, **given)
         self.lr_scale = lr_scale

@@ -26,6 +26,7 @@ from __future__ import annotations
 import warnings
 from typing import Any, ClassVar, Literal
 
+from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
 from headstart.errors import MethodError
@@ -89,11 +90,11 @@ class L2SP(Method):
         net: nn.Module,
         classes: int | None = None,
         *,
-        alpha: float = 0.01,
-        beta: float = 0.01,
+        alpha: NonNegativeFloat = 0.01,
+        beta: NonNegativeFloat = 0.01,
         params: Literal["kernels", "all"] = "kernels",
-        body_lr: float = 1.0,
-        head_lr: float = 10.0,
+        body_lr: NonNegativeFloat = 1.0,
+        head_lr: NonNegativeFloat = 10.0,
         **given: Any,
     ) -> None:
         super().__init__(net, classes, **given)
