@@ -5,8 +5,8 @@ step. Both methods train the same architecture with random weights on the same b
 128 px on the CPU, in the memory layout the loop chooses, under the recipe of the network's family for few
 pictures (SGD with Nesterov momentum; weight decay for `full`, which `l2-sp` replaces by its penalty).
 
-Steps of the two alternate one by one; a round is many such pairs, and its ratio is that of the medians of its
-steps. The number is the median over the rounds.
+Steps of the two alternate one by one; a round is six such pairs on networks built anew, and its ratio is
+that of the medians of its steps. The number is the median over the rounds.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def stepper(name: str, architecture: str, machine: Machine, x: torch.Tensor) -> 
 
 def main() -> int:
     parser = measurement.arguments(__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--pairs", type=int, default=12, help="alternating steps of each method in a round")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=6, help="alternating steps of each method in a round")
     options = parser.parse_args()
     here = measurement.begin("l2_sp_step")
     rounds, pairs = (1, 1) if options.quick else (options.rounds, options.pairs)
@@ -65,10 +65,14 @@ def main() -> int:
         x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
         machine.choose_layout(timm.create_model(architecture), x, None)
         x = machine.lay(x)
-        full, l2_sp = (stepper(name, architecture, machine, x) for name in ("full", "l2-sp"))
-        measurement.alternate(full, l2_sp, repeats=1 if options.quick else 5)  # warm-up
         start = time.perf_counter()
-        took = [measurement.alternate(full, l2_sp, pairs, warmup=0) for _ in range(rounds)]
+        took = []
+        for i in range(rounds):
+            # Built anew, in turns: where a network's memory happens to lie moves its time by several per
+            # cent (two copies of `full` differ as much), and that must not always hit the same side.
+            names = ("full", "l2-sp") if i % 2 else ("l2-sp", "full")
+            both = {name: stepper(name, architecture, machine, x) for name in names}
+            took.append(measurement.alternate(both["full"], both["l2-sp"], pairs, warmup=2))
         ratios = [median(slow) / median(fast) for fast, slow in took]
         checks.append(
             Check(
