@@ -465,7 +465,8 @@ class Described(Plain):
 def test_hyper_parameters_are_read_from_the_signature() -> None:
     told = Described.hyper()
     assert list(told) == ["alpha", "kind", "watch"]
-    assert told["alpha"][:4] == ("alpha", 0.1, float, "α, a strength. 0.1: the paper's default, over two lines.")
+    about = "α, a strength. 0.1: the paper's default, over two lines."
+    assert told["alpha"][:4] == ("alpha", 0.1, float, about)
     assert told["kind"].choices == ["a", "b"]
     assert told["alpha"].choices is None
     assert told["watch"].annotation == list[str] | None
