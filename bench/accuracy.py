@@ -10,6 +10,9 @@ with its ImageNet weights. Compared are
 The two loops get three learning rates each, tried on every seed; the one with the best validation accuracy of
 that seed (the first of equals) is tested, the others never are. Nobody chooses an epoch: the last one counts.
 
+headstart's defaults (the rate of the family, LP-FT's penalty and head rate) were chosen on other splits of
+the same drawings; the loops tune on these splits, and headstart does not.
+
 Three seeds; a seed changes the split, the head, the order and the augmentation. All read the same files,
 which were shrunk once (short side 160 px), on the same split, and are tested on the same pictures. The
 difference is paired picture by picture; its 95 % interval resamples seeds, and test pictures within seeds.
