@@ -163,6 +163,7 @@ class Method(nn.Module):
     room: ClassVar[Room]
     paper: ClassVar[str]
     keeps_source: ClassVar[bool] = False  # hold a Frozen copy of the net as it was given
+    takes_source: ClassVar[bool] = False  # may learn from another network, of any architecture
     keeps_statistics: ClassVar[bool] = True  # may train with the source's BatchNorm statistics held
     presets: ClassVar[Mapping[str, Preset]] = {}
     known_failures: ClassVar[Mapping[str, str]] = {}  # contract check: the reason why it cannot hold
@@ -219,8 +220,12 @@ class Method(nn.Module):
         """What is left? A plain module, in eval mode, with no class of headstart's inside."""
         return copy.deepcopy(self.net).requires_grad_(True).eval()
 
+    def observe(self) -> dict[str, Any]:
+        """What there is to see after an epoch, as plain data that JSON holds; empty by default."""
+        return {}
+
     def diagnostics(self) -> dict[str, Any]:
-        """What the method has to show for a report, as plain data; empty by default."""
+        """What there is to see when all is done, as plain data that JSON holds; empty by default."""
         return {}
 
     # ------------------------------------------------------------------ the same for all

@@ -80,6 +80,10 @@ class Run(Record):
     model: str = Field("efficientnet-lite0", description="a timm name, a local model folder, or the default")
     weights: str | None = Field(None, description="a local checkpoint (safetensors or a state dict)")
     img_size: int | None = Field(None, ge=16, description="pixels; None: the checkpoint's own")
+    source: str | None = Field(
+        None, description="another pretrained network to learn from, for methods that take one"
+    )
+    source_weights: str | None = Field(None, description="a local checkpoint of the source")
 
     # which method
     method: str = "lp-ft"
@@ -145,11 +149,12 @@ class Run(Record):
 
         Args:
             data: fingerprint of the pictures, labels and split.
-            source: fingerprint of the source weights.
+            source: fingerprint of the source weights; of both networks where there are two.
             settled: values that were open in what was asked (a method's defaults, a family's recipe): a
                 run under other defaults is another run.
         """
-        asked = self.model_dump(mode="json", exclude=set(self.MACHINE) | {"data", "weights", "strict"})
+        places = {"data", "weights", "source_weights"}
+        asked = self.model_dump(mode="json", exclude=set(self.MACHINE) | places | {"strict"})
         text = json.dumps([asked, data, source, settled], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -186,6 +191,7 @@ class Fingerprints(Record):
     """SHA-256 of what a run stood on."""
 
     source: str = Field(description="the network's weights as they were given")
+    other: str | None = Field(None, description="those of the other network that was learnt from")
     data: str = Field(description="the pictures, their labels and their split")
 
 

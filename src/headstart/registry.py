@@ -75,6 +75,23 @@ def preset(cls: type[Method], name: str | None) -> Preset:
     return cls.presets[name]
 
 
+def check_source(cls: type[Method], source: str | None, weights: str | None = None) -> None:
+    """Refuse another network as source where the method takes none, and weights of no network.
+
+    Raises:
+        ConfigError: says which methods take one.
+    """
+    if source is None:
+        if weights is not None:
+            raise ConfigError("source_weights belong to a source. Name its architecture with --source.")
+    elif not cls.takes_source:
+        takers = ", ".join(each.name for each in everything() if each.takes_source)
+        raise ConfigError(
+            f"Method '{cls.name}' learns from no other network, so it takes no source. Those that do: "
+            f"{takers or 'none is installed'}."
+        )
+
+
 def configure(cls: type[Method], preset_name: str | None, hyper: Mapping[str, Any]) -> dict[str, Any]:
     """Every hyper-parameter of a method: defaults, then the preset's, then those given; checked.
 

@@ -16,6 +16,7 @@ import contextlib
 import copy
 import inspect
 import io
+import json
 import math
 import os
 import pickle
@@ -157,6 +158,19 @@ def says_whether_it_fits(case: Case) -> None:
     answer = case.cls.fits(case.source, {"classes": CLASSES, "train": 18, "val": 6, "img_size": SIZE})
     good = answer is None or (isinstance(answer, str) and answer and "\n" not in answer)
     _require(good, f"fits() must return None or one line. Got {answer!r}.")
+
+
+def shows_plain_data(case: Case) -> None:
+    """What `observe` and `diagnostics` give is data that JSON holds, before training and after it."""
+    for method in (case.method(), case.seen.method):
+        for what in ("observe", "diagnostics"):
+            shown = getattr(method, what)()
+            _require(isinstance(shown, dict), f"{what}() must give a dictionary. Got {type(shown).__name__}.")
+            try:
+                same = json.loads(json.dumps(shown, allow_nan=False)) == shown
+            except (TypeError, ValueError) as error:
+                raise ContractError(f"{what}() must give data that JSON holds: {error}.") from None
+            _require(same, f"{what}() must come back from JSON as it was: lists and texts, no tuples.")
 
 
 # ---------------------------------------------------------------------- the plan and the loss
@@ -567,6 +581,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
         describes_itself,
         declares_its_hyper_parameters,
         says_whether_it_fits,
+        shows_plain_data,
         plans_add_up,
         parts_add_up,
         logits_are_detached,

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from headstart import registry
 from headstart.comparison.grid import plan
 from headstart.errors import ConfigError
 
@@ -85,3 +86,20 @@ def test_what_cannot_be_run_is_refused(given: dict[str, Any], said: str) -> None
     with pytest.raises(ConfigError) as caught:
         plan("pictures", **given)
     assert said in str(caught.value)
+
+
+def test_another_network_as_source_goes_to_the_methods_that_take_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry.get("l2-sp"), "takes_source", True)
+    grid = plan("pictures", ["full", "l2-sp"], seeds=1, source="resnet34", source_weights="w.safetensors")
+    given = {cell.label: (cell.run.source, cell.run.source_weights) for cell in grid.cells}
+    assert given == {"full": (None, None), "l2-sp": ("resnet34", "w.safetensors")}
+
+
+def test_a_source_that_no_method_takes_is_refused_and_the_takers_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(registry.get("l2-sp"), "takes_source", True)
+    with pytest.raises(ConfigError, match=r"'full' learns from no other network.*l2-sp"):
+        plan("pictures", ["full", "probe"], source="resnet34")
+    with pytest.raises(ConfigError, match="source_weights belong to a source"):
+        plan("pictures", ["full"], source_weights="w.safetensors")

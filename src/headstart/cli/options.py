@@ -31,7 +31,7 @@ PANELS: dict[str, tuple[str, ...]] = {
         "class_weights",
         "augment",
     ),
-    "Network": ("model", "weights", "img_size"),
+    "Network": ("model", "weights", "img_size", "source", "source_weights"),
     "Method": ("method", "preset"),
     "Training": (
         "epochs",

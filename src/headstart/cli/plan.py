@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from headstart.records import Recipe
 
 
-@run_options("Network", "Method", "Training", without=("method", "weights"))
+@run_options("Network", "Method", "Training", without=("method", "weights", "source_weights"))
 def run(
     flags: dict[str, Any],
     method: Annotated[str, typer.Argument(help="Name of the method.", show_default=False)],
@@ -45,6 +45,7 @@ def run(
 
     cls = registry.get(method)
     hyper = registry.configure(cls, asked_for.preset, asked_for.hyper)
+    registry.check_source(cls, asked_for.source)
     asked_for = asked_for.filled(registry.preset(cls, asked_for.preset).recipe)
     bare = zoo.load(asked_for.model, pretrained=False, img_size=asked_for.img_size)
     size = bare.preprocess.size
@@ -53,7 +54,10 @@ def run(
         raise MethodError(f"{method} cannot run here: {reason}")
     family = recipes.recipe(bare.net, train_size=pictures, batch_size=asked_for.batch_size)
     recipe = asked_for.recipe(family)
-    built = cls(bare.net, classes, example=torch.zeros(1, 3, size, size), **hyper)
+    other = None
+    if asked_for.source is not None:
+        other = zoo.load(asked_for.source, pretrained=False, img_size=size).net
+    built = cls(bare.net, classes, source=other, example=torch.zeros(1, 3, size, size), **hyper)
     if sum(phase.epochs for phase in built.plan(asked_for.epochs)) != asked_for.epochs:
         raise ConfigError(f"The plan of {method} does not add up to {asked_for.epochs} epochs.")
     holds = has_batchnorm(built.net) and recipe.norm == "eval" and cls.keeps_statistics

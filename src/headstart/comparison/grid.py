@@ -15,6 +15,8 @@ BASELINE = "full"
 # What a comparison decides for each of its runs, and the argument that says so.
 _ELSEWHERE = {"method": "methods", "preset": "methods (as 'name:preset')", "seed": "seeds"}
 
+_OF_THE_SOURCE = ("source", "source_weights")  # only given to the methods that take another network
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -75,13 +77,17 @@ def plan(
             labels.append(chosen)
     numbers = _seeds(seeds)
     per_method = _hyper(hyper or {}, labels)
+    takers = [label for label in labels if registry.get(_parts(label)[0]).takes_source]
+    if not takers:
+        first = registry.get(_parts(labels[0])[0])
+        registry.check_source(first, fields.get("source"), fields.get("source_weights"))
+    without = {name: value for name, value in fields.items() if name not in _OF_THE_SOURCE}
     cells = []
     for seed in numbers:
         for label in labels:
             name, preset = _parts(label)
-            run = Run.asked(
-                **fields, data=data, method=name, preset=preset, hyper=per_method[label], seed=seed
-            )
+            own = fields if registry.get(name).takes_source else without
+            run = Run.asked(**own, data=data, method=name, preset=preset, hyper=per_method[label], seed=seed)
             cells.append(Cell(label, run))
     return Grid(tuple(cells), tuple(labels), tuple(numbers), chosen)
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from headstart.parts.viewed import Viewed
+
 
 def fingerprint(module: nn.Module) -> str:
     """SHA-256 over names, shapes, types and values of all parameters and buffers of a module."""
@@ -28,17 +30,25 @@ class Frozen:
     It is not a module of its owner, so it gets no gradient, no traffic between ranks and no place in a
     checkpoint; the owner moves it (`apply`) and keeps only its fingerprint. The copy shares no storage
     with the network that learns: an anchor that aliases the weights makes every distance zero.
+
+    Args:
+        net: the network; where it is `Viewed`, `self.net` is the network inside of it.
     """
 
     def __init__(self, net: nn.Module) -> None:
-        self.net = copy.deepcopy(net).requires_grad_(False).eval()
-        self.fingerprint = fingerprint(net)
+        self._given = copy.deepcopy(net).requires_grad_(False).eval()
+        self.net = self._given.net if isinstance(self._given, Viewed) else self._given
+        self.fingerprint = fingerprint(self.net)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The source's own output, without a graph."""
+        """The source's own output, without a graph, for pictures as the network that learns takes them."""
         with torch.no_grad():
-            out: Tensor = self.net(x)
+            out: Tensor = self._given(x)
         return out
+
+    def view(self, x: Tensor) -> Tensor:
+        """Pictures [B, C, H, W] as `self.net` expects them: for whoever runs a part of it."""
+        return self._given.view(x) if isinstance(self._given, Viewed) else x
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and values of the source weights; they never require a gradient."""
@@ -46,4 +56,4 @@ class Frozen:
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Move or cast, as `nn.Module.to` of the owner does."""
-        self.net._apply(fn)  # type: ignore[no-untyped-call]
+        self._given._apply(fn)  # type: ignore[no-untyped-call]

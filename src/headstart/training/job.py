@@ -26,6 +26,7 @@ from headstart.nets import recipe as recipes
 from headstart.nets import zoo
 from headstart.parts.frozen import fingerprint
 from headstart.parts.statistics import has_batchnorm
+from headstart.parts.viewed import Viewed
 from headstart.records import Fingerprints, Parameters, Recipe, Result, Run
 from headstart.ship import bundle
 from headstart.ship.predict import Prediction, Predictor
@@ -42,6 +43,7 @@ _SCORED_AT_ONCE = {"cpu": 16, "cuda": 128, "mps": 64}
 # What decides which pictures are in which split, and which network it is: runs that agree share them.
 _DATA = ("data", "image_col", "label_col", "split_col", "group_col", "split", "strict", "img_size")
 _NET = ("model", "weights", "img_size")
+_SOURCE = (*_NET, "source", "source_weights")  # its size is the network's
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Prepared:
     run: Run
     task: Task
     pretrained: zoo.Pretrained
+    source: zoo.Pretrained | None  # another network to learn from
     cls: type[Method]
     hyper: dict[str, Any]  # defaults, preset and what was asked
     recipe: Recipe
@@ -78,6 +81,7 @@ def prepare(run: Run, *, share: Prepared | None = None, say: Callable[[str], Non
     """
     cls = registry.get(run.method)
     hyper = registry.configure(cls, run.preset, run.hyper)
+    registry.check_source(cls, run.source, run.source_weights)
     preset = registry.preset(cls, run.preset).recipe
     effective = run.filled(preset)
     if share is not None and all(getattr(run, name) == getattr(share.run, name) for name in _NET):
@@ -85,6 +89,18 @@ def prepare(run: Run, *, share: Prepared | None = None, say: Callable[[str], Non
     else:
         pretrained = zoo.load(run.model, weights=run.weights, img_size=run.img_size, say=say)
         source = fingerprint(pretrained.net)
+    other, learnt_from = None, None
+    if run.source is not None:
+        if (
+            share is not None
+            and share.source is not None
+            and all(getattr(run, name) == getattr(share.run, name) for name in _SOURCE)
+        ):
+            other, learnt_from = share.source, share.fingerprints.other
+        else:
+            size = pretrained.preprocess.size
+            other = zoo.load(run.source, weights=run.source_weights, img_size=size, say=say)
+            learnt_from = fingerprint(other.net)
     seed = run.seed if run.split_seed is None else run.split_seed
     same_data = share is not None and all(getattr(run, name) == getattr(share.run, name) for name in _DATA)
     if share is not None and same_data and share.task.split_seed == seed:
@@ -117,12 +133,17 @@ def prepare(run: Run, *, share: Prepared | None = None, say: Callable[[str], Non
         run=run,
         task=task,
         pretrained=pretrained,
+        source=other,
         cls=cls,
         hyper=hyper,
         recipe=recipe,
         batch_size=effective.batch_size,
-        fingerprints=Fingerprints(source=source, data=task.fingerprint),
-        key=run.key(data=task.fingerprint, source=source, settled=settled),
+        fingerprints=Fingerprints(source=source, other=learnt_from, data=task.fingerprint),
+        key=run.key(
+            data=task.fingerprint,
+            source=source if learnt_from is None else f"{source} {learnt_from}",
+            settled=settled,
+        ),
     )
 
 
@@ -139,6 +160,7 @@ def build(prepared: Prepared) -> Method:
     method = prepared.cls(
         copy.deepcopy(prepared.pretrained.net),
         len(task.classes),
+        source=_source(prepared),
         example=torch.zeros(1, 3, size, size),
         **prepared.hyper,
     )
@@ -147,6 +169,16 @@ def build(prepared: Prepared) -> Method:
         task.class_weights(prepared.run.class_weights), label_smoothing=prepared.recipe.label_smoothing
     )
     return method
+
+
+def _source(prepared: Prepared) -> nn.Module | None:
+    """The other network, for pictures that are normalised for the one that learns."""
+    if prepared.source is None:
+        return None
+    ours, its = prepared.pretrained.preprocess, prepared.source.preprocess
+    if (ours.mean, ours.std) == (its.mean, its.std):
+        return prepared.source.net
+    return Viewed(prepared.source.net, given=(ours.mean, ours.std), own=(its.mean, its.std))
 
 
 def execute(
@@ -261,7 +293,7 @@ def _execute(prepared: Prepared, folder: Path, machine: Machine, reporter: Repor
             ),
             "peak_memory_mb": round(machine.peak_memory_mb(), 1),
             "ms_per_image": round(ms_per_image, 3),
-            "diagnostics": method.diagnostics(),
+            "diagnostics": method.diagnostics() | fitted.over_time(),
         }
     )
     if machine.main:
@@ -398,6 +430,7 @@ def _card(result: Result, prepared: Prepared) -> dict[str, Any]:
         "method": result.method,
         "paper": prepared.cls.paper,
         "model": result.model,
+        "learnt_from": None if prepared.source is None else prepared.source.name,
         "origin": prepared.pretrained.origin,
         "licence": prepared.pretrained.licence,
         "counts": {side: sum(each.values()) for side, each in prepared.task.counts.items()},

@@ -46,6 +46,15 @@ class Fitted:
     kept: str = "last"  # or "best, epoch 7"
     before: float = 0.0  # seconds that were spent on it before it was interrupted
 
+    def over_time(self) -> dict[str, list[dict[str, Any]]]:
+        """What the method let be seen after each epoch, as one entry `over_time`; empty for nothing."""
+        seen = [
+            {"epoch": epoch} | record["observed"]
+            for epoch, record in enumerate(self.history, 1)
+            if "observed" in record
+        ]
+        return {"over_time": seen} if seen else {}
+
 
 def fit(
     method: Method,
@@ -153,6 +162,8 @@ def fit(
                     **_validate(method, val, f"phase '{phase.name}', epoch {epoch + 1}, step {len(train)}"),
                     "seconds": time.perf_counter() - started,
                 }
+                if observed := method.observe():
+                    record["observed"] = observed
                 fitted.history.append(record)
                 if record["val_log_loss"] is None or record["val_log_loss"] >= best["log_loss"]:
                     best = best | {"since": best["since"] + 1}
