@@ -153,7 +153,7 @@ def fit(
             method.finished_epoch()
 
             with average.applied() if average is not None else nullcontext():
-                record = {
+                record: dict[str, Any] = {
                     "phase": phase.name,
                     "epoch": epoch + 1,
                     "epochs": phase.epochs,
