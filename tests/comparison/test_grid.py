@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -103,3 +104,40 @@ def test_a_source_that_no_method_takes_is_refused_and_the_takers_are_named(
         plan("pictures", ["full", "probe"], source="resnet34")
     with pytest.raises(ConfigError, match="source_weights belong to a source"):
         plan("pictures", ["full"], source_weights="w.safetensors")
+
+
+def test_one_method_under_several_values() -> None:
+    grid = plan("pictures", "full, l2-sp[alpha=0.1,params=all] ,l2-sp:tllib[ alpha = 1e-3 ]", seeds=1)
+    assert grid.labels == ("full", "l2-sp[alpha=0.1,params=all]", "l2-sp:tllib[alpha=1e-3]")
+    first, second = (cell.run for cell in grid.cells[1:])
+    assert (first.method, first.preset, first.hyper) == ("l2-sp", None, {"alpha": 0.1, "params": "all"})
+    assert (second.method, second.preset) == ("l2-sp", "tllib")
+    assert registry.configure(registry.get("l2-sp"), None, second.hyper)["alpha"] == 1e-3
+
+
+def test_what_is_in_brackets_comes_before_what_holds_for_the_method() -> None:
+    grid = plan(
+        "pictures", ["l2-sp[alpha=0.1]", "l2-sp"], seeds=1, hyper={"l2-sp": {"alpha": 0.5, "beta": 0.2}}
+    )
+    assert [cell.run.hyper for cell in grid.cells] == [
+        {"alpha": 0.1, "beta": 0.2},
+        {"alpha": 0.5, "beta": 0.2},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("label", "says"),
+    [
+        ("l2-sp[alpha]", "name=value"),
+        ("l2-sp[alpha=1,alpha=2]", "each name once"),
+        ("l2-sp[alpha=1", "is named like"),
+        ("l2-sp[alpha=1]x", "is named like"),
+        ("l2-sp[alfa=1]", "Did you mean 'alpha'"),
+        ("l2-sp[alpha=-1]", "does not fit"),
+        ("l2-sp[alpha=: :]", "does not fit"),
+        ("l2sp[alpha=1]", "Did you mean 'l2-sp'"),
+    ],
+)
+def test_brackets_that_say_nothing_are_refused(label: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        plan("pictures", [label])

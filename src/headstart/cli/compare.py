@@ -34,7 +34,7 @@ def run(
         str | None,
         typer.Option(
             metavar="A,B,...",
-            help=f"Names, NAME:PRESET, rooms, or 'all' (default: {METHODS}).",
+            help=f"Names, NAME:PRESET, NAME[KEY=VALUE,...], rooms, or 'all' (default: {METHODS}).",
             rich_help_panel="Method",
         ),
     ] = None,
@@ -65,7 +65,8 @@ def run(
     The same command again goes on where it was stopped; finished runs are never trained twice. Leaves in
     --out: verdict.json, results.csv, config.resolved.yaml and a folder per run under runs/.
 
-    Hyper-parameters of one method: --set l2-sp.alpha=0.1
+    Hyper-parameters of one method: --set l2-sp.alpha=0.1, or the same method several times with its values
+    in brackets: --methods "full,l2-sp[alpha=0.01],l2-sp[alpha=0.1]"
 
     Example: headstart compare photos/ --methods probe,full,lp-ft --seeds 3 --epochs 20 --out compared
     """
@@ -122,8 +123,7 @@ def compared(fields: Mapping[str, Any], out: Path, *, overwrite: bool = False) -
         **own,
     )
     settled: dict[str, dict[str, Any]] = {}
-    for result in done.results:
-        label = result.method if result.preset is None else f"{result.method}:{result.preset}"
+    for result, label in zip(done.results, done.labels, strict=True):
         recipe = {} if result.recipe is None else result.recipe.model_dump(mode="json")
         settled.setdefault(label, {"hyper": result.hyper, **recipe})
     write(out / "config.resolved.yaml", {**fields, "seeds": seeds}, settled)
@@ -147,23 +147,23 @@ def _seeds(given: Any) -> int | list[int]:
 def _by_method(hyper: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Hyper-parameters by method; one given without a method goes to all that have it."""
     from headstart import registry
-    from headstart.comparison.grid import plan
+    from headstart.comparison.grid import named, plan
 
-    named = {name: dict(value) for name, value in hyper.items() if isinstance(value, Mapping)}
+    owned = {name: dict(value) for name, value in hyper.items() if isinstance(value, Mapping)}
     loose = {name: value for name, value in hyper.items() if not isinstance(value, Mapping)}
     if not loose:
-        return named
+        return owned
     labels = plan(
         fields["data"], fields.get("methods", METHODS), seeds=1, baseline=fields.get("baseline")
     ).labels
-    methods = list(dict.fromkeys(label.partition(":")[0] for label in labels))
+    methods = list(dict.fromkeys(named(label).method for label in labels))
     check_hyper({"hyper": loose}, methods)
     for method in methods:
         known = registry.get(method).hyper()
         mine = {name: value for name, value in loose.items() if name in known}
         if mine:
-            named[method] = mine | named.get(method, {})
-    return named
+            owned[method] = mine | owned.get(method, {})
+    return owned
 
 
 def show(done: Comparison) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+import yaml
 
 from headstart import registry
 from headstart.errors import ConfigError, unknown
@@ -22,7 +25,7 @@ _OF_THE_SOURCE = ("source", "source_weights")  # only given to the methods that 
 class Cell:
     """One run of a comparison."""
 
-    label: str  # "l2-sp", or "l2-sp:paper" with a preset: what the table calls the method
+    label: str  # "l2-sp", "l2-sp:paper", "l2-sp[alpha=0.1]": what the table calls the method
     run: Run
 
 
@@ -52,14 +55,15 @@ def plan(
 
     Args:
         data: a folder of class folders, or a CSV file.
-        methods: names, 'name:preset', rooms ('baseline', 'constrain', ...) or 'all'; a list, or one
-            string with commas. What is named twice is run once.
+        methods: names, 'name:preset', 'name[alpha=0.1]' for the same method under several values, rooms
+            ('baseline', 'constrain', ...) or 'all'; a list, or one string with commas. What is named
+            twice is run once.
         seeds: how many (3 means 0, 1 and 2), or which.
         baseline: the method that all others are compared with; it is added where it is not among
             `methods`. None: 'full' where it is among them, else the first, because training a method
             that nobody asked for may cost more than all the others.
         hyper: hyper-parameters by method, such as {"l2-sp": {"alpha": 0.1}}; the key is 'name', which
-            holds for every preset of it, or 'name:preset'.
+            holds wherever it is named, or the whole 'name:preset'. Those in brackets come before them.
         fields: fields of `Run` that all runs share.
 
     Raises:
@@ -77,17 +81,23 @@ def plan(
             labels.append(chosen)
     numbers = _seeds(seeds)
     per_method = _hyper(hyper or {}, labels)
-    takers = [label for label in labels if registry.get(_parts(label)[0]).takes_source]
-    if not takers:
-        first = registry.get(_parts(labels[0])[0])
+    methods_ = {label: registry.get(named(label).method) for label in labels}
+    if not any(cls.takes_source for cls in methods_.values()):
+        first = methods_[labels[0]]
         registry.check_source(first, fields.get("source"), fields.get("source_weights"))
     without = {name: value for name, value in fields.items() if name not in _OF_THE_SOURCE}
     cells = []
     for seed in numbers:
         for label in labels:
-            name, preset = _parts(label)
-            own = fields if registry.get(name).takes_source else without
-            run = Run.asked(**own, data=data, method=name, preset=preset, hyper=per_method[label], seed=seed)
+            cls = methods_[label]
+            own = {
+                "data": data,
+                "method": cls.name,
+                "preset": named(label).preset,
+                "hyper": per_method[label],
+                "seed": seed,
+            }
+            run = Run.asked(**(fields if cls.takes_source else without), **own)
             cells.append(Cell(label, run))
     return Grid(tuple(cells), tuple(labels), tuple(numbers), chosen)
 
@@ -95,7 +105,7 @@ def plan(
 def _labels(methods: str | Iterable[str]) -> list[str]:
     if not isinstance(methods, Iterable):
         raise ConfigError(f"methods holds names such as 'full' or 'l2-sp:paper'. Got {methods!r}.")
-    given = methods.split(",") if isinstance(methods, str) else list(methods)
+    given = _COMMA.split(methods) if isinstance(methods, str) else list(methods)
     labels: list[str] = []
     for item in given:
         if not isinstance(item, str):
@@ -117,14 +127,41 @@ def _label(given: str) -> str:
     """The label as the table shows it, after looking up that method and preset exist."""
     if not isinstance(given, str):
         raise ConfigError(f"A method has a name such as 'full' or 'l2-sp:paper'. Got {given!r}.")
-    name, preset = _parts(given)
-    registry.preset(registry.get(name), preset)
-    return name if preset is None else f"{name}:{preset}"
+    asked = named(given)
+    registry.preset(registry.get(asked.method), asked.preset)
+    preset = "" if asked.preset is None else f":{asked.preset}"
+    values = ",".join(f"{key}={value}" for key, value in asked.hyper.items())
+    return f"{asked.method}{preset}{f'[{values}]' if values else ''}"
 
 
-def _parts(label: str) -> tuple[str, str | None]:
-    name, _, preset = label.partition(":")
-    return name.strip(), preset.strip() or None
+class Named(NamedTuple):
+    """What a label asks for."""
+
+    method: str
+    preset: str | None
+    hyper: dict[str, str]  # as they were written
+
+
+_LABEL = re.compile(r"(?P<method>[^:\[\]]+)(?::(?P<preset>[^\[\]]*))?(?:\[(?P<hyper>[^\[\]]*)\])?")
+_COMMA = re.compile(r",(?![^\[]*\])")  # not those between brackets
+
+
+def named(label: str) -> Named:
+    """Read 'method', 'method:preset', 'method[name=value,...]' or 'method:preset[name=value]'.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    found = _LABEL.fullmatch(label.strip())
+    if found is None:
+        raise ConfigError(f"A method is named like l2-sp, l2-sp:paper or l2-sp[alpha=0.1]. Got {label!r}.")
+    hyper: dict[str, str] = {}
+    for item in filter(None, map(str.strip, (found["hyper"] or "").split(","))):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not (key and equals and value) or key in hyper:
+            raise ConfigError(f"{label}: between brackets stands name=value, each name once. Got {item!r}.")
+        hyper[key] = value
+    return Named(found["method"].strip(), (found["preset"] or "").strip() or None, hyper)
 
 
 def _seeds(seeds: int | Iterable[int]) -> list[int]:
@@ -145,7 +182,7 @@ def _seeds(seeds: int | Iterable[int]) -> list[int]:
 
 def _hyper(hyper: Mapping[str, Mapping[str, Any]], labels: list[str]) -> dict[str, dict[str, Any]]:
     """The hyper-parameters of each label, checked against the methods' own signatures."""
-    names = {label: _parts(label)[0] for label in labels}
+    names = {label: named(label).method for label in labels}
     for key, values in hyper.items():
         if not isinstance(values, Mapping):
             raise ConfigError(
@@ -156,6 +193,14 @@ def _hyper(hyper: Mapping[str, Mapping[str, Any]], labels: list[str]) -> dict[st
             raise ConfigError(unknown("method in hyper", key, [*names, *names.values()]))
     found = {}
     for label, name in names.items():
-        found[label] = {**hyper.get(name, {}), **hyper.get(label, {})}
-        registry.configure(registry.get(name), _parts(label)[1], found[label])
+        inside = {key: _value(value) for key, value in named(label).hyper.items()}
+        found[label] = {**hyper.get(name, {}), **hyper.get(label, {}), **inside}
+        registry.configure(registry.get(name), named(label).preset, found[label])
     return found
+
+
+def _value(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text  # the method's own signature says what it takes
