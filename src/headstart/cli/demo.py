@@ -82,9 +82,8 @@ def _predict(done: Comparison, pictures: Path) -> None:
     """Three test pictures of different classes, what the chosen model says, and what they are."""
     take = done.judgement.take
     assert take is not None
-    result = next(r for r in done.results if (r.method, r.seed) == (take.method.partition(":")[0], take.seed))
     truth: dict[str, str] = {}
-    for path, label in _tested(done, result.seed):
+    for path, label in _tested(done, take.seed):
         if label not in truth.values() and len(truth) < SHOWN:
             truth[str(pictures / path)] = label
     print(f"\nThree test pictures that {take.method} (seed {take.seed}) has not learned from:")

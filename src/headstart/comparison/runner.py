@@ -80,6 +80,7 @@ class Comparison:
     judgement: Verdict
     results: list[Result]  # of the runs that finished, in the order of the table
     labels: list[str]  # what the table calls the method of each of them
+    folders: list[Path]  # where each of them lies
 
     @property
     def verdict(self) -> str:
@@ -331,8 +332,14 @@ class _Runner:
         found = judge(self.entries, labels=self.grid.labels, baseline=self.grid.baseline)
         text = json.dumps(found.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
         ledger.write(self.folder / "verdict.json", text)
-        done = [(entry.result, entry.label) for entry in self.entries if entry.result is not None]
-        return Comparison(self.folder, found, [each[0] for each in done], [each[1] for each in done])
+        done = [entry for entry in self.entries if entry.result is not None]
+        return Comparison(
+            self.folder,
+            found,
+            results=[entry.result for entry in done if entry.result is not None],
+            labels=[entry.label for entry in done],
+            folders=[self.folder / (entry.folder or "") for entry in done],
+        )
 
 
 def _set_aside(folder: Path) -> None:
