@@ -191,6 +191,7 @@ class Method(nn.Module):
         self.example = example
         self.criterion: nn.Module = nn.CrossEntropyLoss()
         self.norm: Literal["train", "eval"] = "train"  # "eval": BatchNorm keeps its statistics throughout
+        self.pretrained = True  # False: `net` came with random weights, and the run's rate is made for these
         self.memory = Memory()  # what `enter` measured: saved, moved, the same on every rank
         self._phase: Phase | None = None
         self._at, self._epochs_done, self._entered = 0, 0, -1

@@ -27,6 +27,8 @@ Keep = Literal["last", "best"]
 Norm = Literal["train", "eval"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
+RANDOM = "random"  # what stands in place of a weights file for a network that has learnt nothing yet
+
 
 class Record(BaseModel):
     """Plain data: unknown keys refused, nothing changed after it was made."""
@@ -78,7 +80,9 @@ class Run(Record):
 
     # which network
     model: str = Field("efficientnet-lite0", description="a timm name, a local model folder, or the default")
-    weights: str | None = Field(None, description="a local checkpoint (safetensors or a state dict)")
+    weights: str | None = Field(
+        None, description="a local checkpoint (safetensors or a state dict), or 'random' for none"
+    )
     img_size: int | None = Field(None, ge=16, description="pixels; None: the checkpoint's own")
     source: str | None = Field(
         None, description="another pretrained network to learn from, for methods that take one"
@@ -155,8 +159,14 @@ class Run(Record):
         """
         places = {"data", "weights", "source_weights"}
         asked = self.model_dump(mode="json", exclude=set(self.MACHINE) | places | {"strict"})
+        asked |= {} if self.pretrained else {"weights": RANDOM}  # another recipe than for a file of them
         text = json.dumps([asked, data, source, settled], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether the network that learns starts from weights that somebody trained."""
+        return self.weights != RANDOM
 
     def filled(self, values: Mapping[str, Any]) -> Run:
         """This run with values, such as a preset's, in the fields that nobody asked for."""

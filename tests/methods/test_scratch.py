@@ -83,3 +83,10 @@ def test_drawn_from_torchs_seed() -> None:
 def test_rates() -> None:
     plan = Scratch(pretrained("test_resnet"), 3, lr_scale=4.0).plan(2)
     assert {group.lr for phase in plan for group in phase.groups} == {4.0}
+
+
+def test_the_rate_of_a_network_that_came_with_random_weights_is_not_raised_twice() -> None:
+    method = Scratch(timm.create_model("test_resnet"), 3)
+    assert {group.lr for group in method.plan(1)[0].groups} == {10.0}
+    method.pretrained = False
+    assert {group.lr for group in method.plan(1)[0].groups} == {1.0}

@@ -62,3 +62,11 @@ def test_recipes_differ_where_the_families_do() -> None:
 def test_statistics_are_kept_on_little_data(train_size: int, batch_size: int, norm: str) -> None:
     net = timm.create_model("test_resnet")
     assert recipe(net, train_size=train_size, batch_size=batch_size).norm == norm
+
+
+def test_random_weights_get_a_training_rate_and_statistics_that_move() -> None:
+    net = timm.create_model("test_resnet")
+    tuned = recipe(net, train_size=300, batch_size=32)
+    trained = recipe(net, train_size=300, batch_size=32, pretrained=False)
+    assert (tuned.norm, trained.norm) == ("eval", "train")
+    assert trained == tuned.model_copy(update={"lr": 0.03, "norm": "train"})

@@ -351,3 +351,21 @@ def test_interrupted_by_a_person_leaves_a_run_that_goes_on(
     started = time.perf_counter()
     assert train(pictures, tiny_model, tmp_path / "run", epochs=3).result.epochs == 3
     assert time.perf_counter() - started < 600
+
+
+def test_random_weights_are_the_seeds_and_every_methods_alike(pictures: Path, tiny_model: Path) -> None:
+    def prepared(**fields: Any) -> Prepared:
+        given = asked(pictures, tiny_model, weights="random", **fields)
+        return prepare(Run.asked(**given), say=lambda _: None)
+
+    first = prepared(method="full")
+    assert first.recipe.norm == "train" and first.recipe.lr == pytest.approx(0.03)
+    assert prepared(method="l2-sp").fingerprints.source == first.fingerprints.source
+    assert prepared(method="full", seed=1).fingerprints.source != first.fingerprints.source
+    shared = prepare(
+        Run.asked(**asked(pictures, tiny_model, weights="random", method="full", seed=1)),
+        share=first,
+        say=lambda _: None,
+    )
+    assert shared.fingerprints.source == prepared(method="full", seed=1).fingerprints.source
+    assert prepare(Run.asked(**asked(pictures, tiny_model)), say=lambda _: None).recipe.norm == "eval"

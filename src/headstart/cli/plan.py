@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from headstart.records import Recipe
 
 
-@run_options("Network", "Method", "Training", without=("method", "weights", "source_weights"))
+@run_options("Network", "Method", "Training", without=("method", "source_weights"))
 def run(
     flags: dict[str, Any],
     method: Annotated[str, typer.Argument(help="Name of the method.", show_default=False)],
@@ -52,12 +52,18 @@ def run(
     reason = cls.fits(bare.net, {"classes": classes, "train": pictures, "val": pictures, "img_size": size})
     if reason is not None:
         raise MethodError(f"{method} cannot run here: {reason}")
-    family = recipes.recipe(bare.net, train_size=pictures, batch_size=asked_for.batch_size)
+    family = recipes.recipe(
+        bare.net,
+        train_size=pictures,
+        batch_size=asked_for.batch_size,
+        pretrained=asked_for.pretrained,
+    )
     recipe = asked_for.recipe(family)
     other = None
     if asked_for.source is not None:
         other = zoo.load(asked_for.source, pretrained=False, img_size=size).net
     built = cls(bare.net, classes, source=other, example=torch.zeros(1, 3, size, size), **hyper)
+    built.pretrained = asked_for.pretrained
     if sum(phase.epochs for phase in built.plan(asked_for.epochs)) != asked_for.epochs:
         raise ConfigError(f"The plan of {method} does not add up to {asked_for.epochs} epochs.")
     holds = has_batchnorm(built.net) and recipe.norm == "eval" and cls.keeps_statistics

@@ -64,14 +64,24 @@ def family(net: nn.Module) -> Family:
     return "layernorm-cnn" if layer and layer >= group else "plain-cnn"
 
 
-def recipe(net: nn.Module, *, train_size: int, batch_size: int) -> Recipe:
+def recipe(net: nn.Module, *, train_size: int, batch_size: int, pretrained: bool = True) -> Recipe:
     """The baseline recipe for this network on this much data.
+
+    Random weights bear and need larger steps than pretrained ones, and their statistics say nothing yet:
+    ten times the rate, which turns these fine-tuning rates into the families' usual training rates, and
+    BatchNorm in training mode.
 
     Args:
         net: the network; only its modules are looked at.
         train_size: pictures to learn from.
         batch_size: pictures per step on one device.
+        pretrained: whether it starts from weights that somebody trained.
     """
+    tuning = _tuning(net, train_size, batch_size)
+    return tuning if pretrained else tuning.model_copy(update={"lr": 10 * tuning.lr, "norm": "train"})
+
+
+def _tuning(net: nn.Module, train_size: int, batch_size: int) -> Recipe:
     kind = family(net)
     norm: Norm = "eval" if train_size < FEW_PICTURES or batch_size < SMALL_BATCH else "train"  # [T]
     if kind == "batchnorm-cnn":

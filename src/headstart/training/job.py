@@ -84,10 +84,15 @@ def prepare(run: Run, *, share: Prepared | None = None, say: Callable[[str], Non
     registry.check_source(cls, run.source, run.source_weights)
     preset = registry.preset(cls, run.preset).recipe
     effective = run.filled(preset)
-    if share is not None and all(getattr(run, name) == getattr(share.run, name) for name in _NET):
+    same_net = share is not None and all(getattr(run, name) == getattr(share.run, name) for name in _NET)
+    if share is not None and same_net and (run.pretrained or run.seed == share.run.seed):
         pretrained, source = share.pretrained, share.fingerprints.source
     else:
-        pretrained = zoo.load(run.model, weights=run.weights, img_size=run.img_size, say=say)
+        torch.manual_seed(run.seed)  # random weights are drawn from it
+        weights_file = run.weights if run.pretrained else None
+        pretrained = zoo.load(
+            run.model, weights=weights_file, pretrained=run.pretrained, img_size=run.img_size, say=say
+        )
         source = fingerprint(pretrained.net)
     other, learnt_from = None, None
     if run.source is not None:
@@ -110,7 +115,10 @@ def prepare(run: Run, *, share: Prepared | None = None, say: Callable[[str], Non
     # Read now, so that a mistake in a file of weights is found before a folder is claimed.
     weights = task.class_weights(run.class_weights)
     family = recipes.recipe(
-        pretrained.net, train_size=len(task.labels("train")), batch_size=effective.batch_size
+        pretrained.net,
+        train_size=len(task.labels("train")),
+        batch_size=effective.batch_size,
+        pretrained=run.pretrained,
     )
     recipe = effective.recipe(family)
     micro = effective.batch_size // effective.grad_accum
@@ -165,6 +173,7 @@ def build(prepared: Prepared) -> Method:
         **prepared.hyper,
     )
     method.norm = prepared.recipe.norm
+    method.pretrained = prepared.run.pretrained
     method.criterion = nn.CrossEntropyLoss(
         task.class_weights(prepared.run.class_weights), label_smoothing=prepared.recipe.label_smoothing
     )

@@ -24,7 +24,8 @@ class Scratch(Method):
 
     Args:
         lr_scale: rate of everything, × the run's. Random weights bear and need larger steps than
-            pretrained ones; 10 turns the family's fine-tuning rate into its usual training rate.
+            pretrained ones; 10 turns the family's fine-tuning rate into its usual training rate. Where the
+            network came with random weights the run's rate is such a one already, and is taken as it is.
     """
 
     name = "scratch"
@@ -41,5 +42,6 @@ class Scratch(Method):
 
     def plan(self, epochs: int) -> list[Phase]:
         """One phase: everything learns."""
-        groups = self.groups(body_lr=self.lr_scale, head_lr=self.lr_scale)
+        scale = self.lr_scale if self.pretrained else 1.0
+        groups = self.groups(body_lr=scale, head_lr=scale)
         return [Phase("train", epochs, groups, self.objective)]
