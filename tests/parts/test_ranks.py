@@ -10,7 +10,7 @@ from torch import nn
 from torch.multiprocessing.spawn import start_processes
 
 from headstart.parts.memory import Memory
-from headstart.parts.ranks import agree, agreed, alone
+from headstart.parts.ranks import agree, agreed, alone, average
 
 
 def odd(rank: int) -> nn.Module:
@@ -44,6 +44,8 @@ def _run(rank: int, folder: Path) -> None:
         torch.save(module.state_dict(), folder / f"{rank}.pt")
         answers = [agreed(rank == 0), agreed(rank == 1), alone()]
         torch.save(answers, folder / f"answers-{rank}.pt")
+        given = torch.tensor([1.0, 4.0]) * (rank + 1)
+        torch.save([given, average(given.requires_grad_(True))], folder / f"average-{rank}.pt")
     finally:
         dist.destroy_process_group()
 
@@ -69,6 +71,14 @@ def test_all_ranks_get_rank_0s_answer(folder: Path) -> None:
         assert torch.load(folder / f"answers-{rank}.pt", weights_only=True) == [True, False, False]
 
 
+def test_all_ranks_get_the_mean(folder: Path) -> None:
+    for rank in (0, 1):
+        given, mean = torch.load(folder / f"average-{rank}.pt", weights_only=True)
+        assert mean.tolist() == [1.5, 6.0]
+        assert not mean.requires_grad
+        assert given.tolist() == [1.0 + rank, 4.0 + 4 * rank]
+
+
 def test_a_single_process_is_left_alone() -> None:
     module = odd(1)
     before = {name: value.clone() for name, value in module.state_dict().items()}
@@ -77,3 +87,4 @@ def test_a_single_process_is_left_alone() -> None:
     assert alone()
     assert agreed(True) is True
     assert agreed(False) is False
+    assert average(torch.tensor([3.0])).tolist() == [3.0]

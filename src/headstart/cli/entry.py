@@ -40,6 +40,7 @@ COMMANDS = {
     "train": Entry("Fine-tune one network with one method.", "Work", ("--resume",)),
     "compare": Entry("Run several methods over several seeds, and say which to take.", "Work", ()),
     "predict": Entry("Label pictures with a trained model.", "Work"),
+    "fisher": Entry("Measure which weights of a network matter, for l2-sp's Fisher variants.", "Work"),
     "methods": Entry("List the methods, their papers, presets and hyper-parameters.", "Look things up"),
     "models": Entry("List the networks that can be fine-tuned.", "Look things up"),
     "plan": Entry("Print what a method would train, when and how fast, without data.", "Look things up"),

@@ -40,6 +40,15 @@ def agreed(answer: bool) -> bool:
     return answers[0]
 
 
+def average(tensor: Tensor) -> Tensor:
+    """The mean over all ranks, on every rank; without a graph."""
+    mean = tensor.detach().clone()
+    if not alone():
+        dist.all_reduce(mean)
+        mean /= dist.get_world_size()
+    return mean
+
+
 def alone() -> bool:
     """Whether this process is the only one of its run."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
