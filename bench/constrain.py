@@ -1,7 +1,7 @@
 """What the constrain methods do on real pictures, and what a stronger constraint does to the weights.
 
 About 300 clipart training pictures of ten classes, 128 px, efficientnet-lite0 with its ImageNet weights,
-6 epochs, three seeds, each with a split of its own. One comparison of headstart's own: every member of the
+4 epochs, three seeds, each with a split of its own. One comparison of headstart's own: every member of the
 L2-SP family and both forms of DELTA at their defaults, Hybrid Forward, alpha swept over decades for L2-SP and
 DELTA, and `full` as the baseline. Same splits, order, augmentation and epochs for all.
 
@@ -54,7 +54,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=DATA / "compared-constrain", help="goes on where it was")
     options = parser.parse_args()
     here = measurement.begin("constrain")
-    size, batch, epochs, seeds = (64, 8, 1, 1) if options.quick else (128, 32, 6, options.seeds)
+    size, batch, epochs, seeds = (64, 8, 1, 1) if options.quick else (128, 32, 4, options.seeds)
     pretrained = zoo.load(img_size=size)
     folder = options.data
     if folder is None:

@@ -49,7 +49,7 @@ class _Gap(torch.autograd.Function):
         return value
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (pull,) = ctx.saved_tensors
         if grad.device.type != "cpu" or grad != 1:

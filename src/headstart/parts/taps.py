@@ -261,7 +261,7 @@ def _declared(net: nn.Module, calls: Sequence[_Call]) -> list[_Stage]:
 
 
 def _ends_of_sizes(net: nn.Module, calls: Sequence[_Call], example: Tensor) -> list[_Stage]:
-    """Of the parts of the network in order the last at each size of the map; of tokens all."""
+    """Of the parts of the network in order the last at each size of the map; all that give tokens."""
     ran = {call.name: call for call in calls if call.out.ndim in (3, 4)}
     parts = sorted((ran[name] for name in _parts(net, "", ran) if name in ran), key=lambda call: call.at)
     parts = [call for call in parts if call.once]
@@ -271,7 +271,16 @@ def _ends_of_sizes(net: nn.Module, calls: Sequence[_Call], example: Tensor) -> l
         key = call.name if call.out.ndim == 3 else tap.positions
         stages.pop(key, None)
         stages[key] = _Stage(call, tap.stride, tap.channels, {(tap.channels, tap.positions)})
-    return list(stages.values())
+    tokens = {stage.stride for stage in stages.values() if stage.call.out.ndim == 3}
+    return [
+        stage
+        for stage in stages.values()
+        if (
+            any(isinstance(each, _LAYERS) for each in stage.call.module.modules())
+            if stage.call.out.ndim == 3
+            else stage.stride not in tokens  # no map that tokens are only made of
+        )
+    ]
 
 
 def _parts(module: nn.Module, name: str, ran: dict[str, _Call]) -> list[str]:
