@@ -63,6 +63,32 @@ def test_the_method_in_contributing_keeps_the_contract(
     check_method(cls, only=checks)
 
 
+def test_the_constraints_added_up_in_contributing_are_their_sum(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (code,) = [block for block in blocks("CONTRIBUTING.md", "python") if "DELTAWithPull" in block]
+    (tmp_path / "added_up.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import importlib
+
+    cls = importlib.import_module("added_up").DELTAWithPull
+    x, y = torch.randn(6, 3, 32, 32), torch.arange(6) % 3
+    torch.manual_seed(0)
+    method = cls(timm.create_model("test_resnet"), 3, pull=0.5, attention=False, example=x[:1])
+    assert method(x, y).parts["pull"] == 0
+    with torch.no_grad():
+        for parameter in method.net.parameters():
+            parameter += 0.1
+    loss = method(x, y)
+    start = dict(method.source.named_parameters())
+    head = {id(parameter) for parameter in method.head_module.parameters()}
+    moved = [(p - start[n]) for n, p in method.net.named_parameters() if id(p) not in head]
+    expected = 0.25 * sum(each.square().sum() for each in moved)
+    torch.testing.assert_close(loss.parts["pull"], expected.detach(), rtol=1e-4, atol=0)
+    assert set(loss.parts) == {"task", "head", "maps", "pull"}
+    torch.testing.assert_close(loss.total, sum(loss.parts.values()), rtol=1e-5, atol=1e-5)
+
+
 def test_the_page_of_methods_is_up_to_date() -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "docs" / "build.py", "--check"], capture_output=True, text=True
