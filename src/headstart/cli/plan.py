@@ -83,7 +83,7 @@ def _record(
     for phase in method.plan(run.epochs):
         groups = [_group(group, recipe) for group in phase.groups]
         learning = {id(parameter) for group in phase.groups for parameter in group.params}
-        frozen = sum(p.numel() for p in method.net.parameters() if id(p) not in learning)
+        frozen = sum(p.numel() for p in method.parameters() if id(p) not in learning)
         phases.append({"name": phase.name, "epochs": phase.epochs, "groups": groups, "frozen": frozen})
     return {
         "method": run.method,
@@ -91,6 +91,7 @@ def _record(
         "hyper": hyper,
         "model": run.model,
         "parameters": every,
+        "own_parameters": sum(parameter.numel() for parameter in method.parameters()) - every,
         "epochs": run.epochs,
         "batch_size": run.batch_size,
         "steps_per_epoch": -(-pictures // run.batch_size),
@@ -115,7 +116,8 @@ def _group(group: Group, recipe: Recipe) -> dict[str, Any]:
 def _show(record: dict[str, Any]) -> None:
     recipe = record["recipe"]
     preset = "" if record["preset"] is None else f", preset {record['preset']}"
-    print(f"{record['method']}{preset} on {record['model']} ({record['parameters']:,} parameters)")
+    own = f", and {record['own_parameters']:,} of the method's own" if record["own_parameters"] else ""
+    print(f"{record['method']}{preset} on {record['model']} ({record['parameters']:,} parameters{own})")
     if record["hyper"]:
         print("  " + ", ".join(f"{name} = {value}" for name, value in record["hyper"].items()))
     momentum = f", momentum {recipe['momentum']:g}" if recipe["optimizer"] == "sgd" else ""

@@ -66,7 +66,9 @@ Side = Literal["net", "source"]
 
 
 class HybridForward(Method):
-    """Fine-tune along three paths, two of which cross a frozen teacher: the source, or another network.
+    """Fine-tune along three paths, two of which cross a frozen network.
+
+    That is the source, or another network that is given as one.
 
     Args:
         cuts: strides of the stages to cut behind, such as "8 32", or "all". 8 and 32: the first author's.
