@@ -17,7 +17,7 @@ import time
 import measurement
 from measurement import HERE, RESULTS, Check
 
-NAMES = ("startup", "l2_sp_step", "hybrid_step", "cache_feed", "plain_loop", "accuracy", "demo")
+NAMES = ("startup", "l2_sp_step", "hybrid_step", "cache_feed", "plain_loop", "accuracy", "constrain", "demo")
 
 
 def main() -> int:
