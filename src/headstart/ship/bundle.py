@@ -8,7 +8,8 @@
 
 `timm.create_model("local-dir:FOLDER", pretrained=True)` gives the network back. A network that timm cannot
 build by name (one's own class, or one whose shapes a method changed) is stored as well, but its folder says
-so, and who loads it brings the network.
+so, and who loads it brings the network. One in which each picture takes its own way
+(`parts.routed`, `parts.gated`) is described in config.json and built from there: by headstart, not by timm.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,14 @@ import yaml
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import headstart
 from headstart.data.transforms import Preprocess
-from headstart.errors import ModelError, OutputError
+from headstart.errors import MethodError, ModelError, OutputError
 from headstart.nets.architecture import SOURCE_KEYS, Architecture, described, first_line
+from headstart.parts import gated
+from headstart.parts import routed as by_block
 
 CONFIG, WEIGHTS, LABELS, PREPROCESS, CARD = (
     "config.json",
@@ -93,6 +96,9 @@ def save(
     state = {name: value.detach().to("cpu").contiguous().clone() for name, value in net.state_dict().items()}
     architecture = _matching(config, net, len(classes))
     document = _config(architecture, net, preprocess, classes, card)
+    routed = None if architecture is not None else _routed(config, net, len(classes))
+    if routed is not None:
+        document["headstart"]["routed"] = routed
     temporary = target.with_name(f".{target.name}.{os.getpid()}.new")
     replaced = target.with_name(f".{target.name}.{os.getpid()}.old")
     try:
@@ -102,7 +108,9 @@ def save(
         _json(temporary / CONFIG, document)
         _json(temporary / LABELS, list(classes))
         _json(temporary / PREPROCESS, preprocess.to_dict())
-        (temporary / CARD).write_text(_card(card, classes, architecture, net), encoding="utf-8")
+        (temporary / CARD).write_text(
+            _card(card, classes, architecture, net, routed is not None), encoding="utf-8"
+        )
         if target.exists():
             target.rename(replaced)
         temporary.rename(target)
@@ -135,6 +143,8 @@ def read(folder: str | Path, net: nn.Module | None = None) -> Bundle:
     own = document.get("headstart", {})
     own = own if isinstance(own, dict) else {}
     architecture: Architecture | None = None
+    if document.get("architecture") is None and net is None and "routed" in own:
+        net = _route(path, own["routed"])
     if document.get("architecture") is None and net is None:
         made = own.get("class", "a network of its own")
         raise ModelError(
@@ -168,6 +178,33 @@ def _matching(config: Architecture | None, net: nn.Module, classes: int) -> Arch
             again = wanted.build()
     same = type(again) is type(net) and _shapes(again) == _shapes(net)
     return wanted if same else None
+
+
+def _routed(config: Architecture | None, net: nn.Module, classes: int) -> dict[str, Any] | None:
+    """What builds exactly this network again where each picture takes its own way through it, or None."""
+    about = net.meta.get("routed") if isinstance(net, fx.GraphModule) else None
+    if config is None or about is None:
+        return None
+    wanted = config.with_classes(classes)
+    with torch.random.fork_rng(devices=[]):
+        same = _shapes(_rebuilt(wanted.build(), about)) == _shapes(net)
+    return {"net": asdict(wanted), **about} if same else None
+
+
+def _route(path: Path, routed: Any) -> nn.Module:
+    """The network that `_routed` described."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return _rebuilt(Architecture(**routed["net"]).build(), routed)
+    except (TypeError, KeyError, ValueError, AttributeError, MethodError) as error:
+        raise ModelError(
+            f"'{path / CONFIG}' is damaged: it describes no network with routes. ({first_line(error)})"
+        ) from error
+
+
+def _rebuilt(net: nn.Module, about: Mapping[str, Any]) -> nn.Module:
+    """A network in which each picture takes its own way: by filter, or by block."""
+    return gated.rebuilt(net, about) if "sites" in about else by_block.rebuilt(net, about)
 
 
 def _shapes(net: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -262,7 +299,11 @@ def _preprocess(path: Path, architecture: Architecture | None) -> Preprocess:
 
 
 def _card(
-    card: Mapping[str, Any], classes: Sequence[str], architecture: Architecture | None, net: nn.Module
+    card: Mapping[str, Any],
+    classes: Sequence[str],
+    architecture: Architecture | None,
+    net: nn.Module,
+    routed: bool,
 ) -> str:
     licence = card.get("licence")
     header = {
@@ -308,6 +349,12 @@ def _card(
         call = 'net = timm.create_model("local-dir:THIS_FOLDER", pretrained=True)'
         lines += ["```python", "import timm", call, "```", ""]
         lines += ["Class names are in labels.json, the preprocessing in preprocess.json.", ""]
+    elif routed:
+        lines += [
+            "Each picture takes its own way through this network, so timm cannot build it by name; "
+            "`headstart.load(folder)` does.",
+            "",
+        ]
     else:
         lines += [
             f"timm cannot build this network ({_class(net)}) by name. Build it in Python, then "

@@ -1,0 +1,1 @@
+"""Methods that choose for each picture which way it goes through the network."""
