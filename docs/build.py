@@ -8,6 +8,7 @@ from pathlib import Path
 
 from headstart import registry
 from headstart.method import Method
+from headstart.parts.space import NOTHING, Between, Space
 
 PAGE = Path(__file__).parent / "methods.md"
 ROOMS = {
@@ -27,16 +28,27 @@ def entry(cls: type[Method]) -> str:
     hyper = cls.hyper()
     if hyper:
         lines += [
-            "| hyper-parameter | default | meaning, and where the default comes from |",
-            "|---|---|---|",
+            "| hyper-parameter | default | tuned | meaning, and where the default comes from |",
+            "|---|---|---|---|",
         ]
         for name, parameter in hyper.items():
-            lines.append(f"| `{name}` | `{parameter.default}` | {parameter.about.replace('|', '/')} |")
+            about = parameter.about.replace("|", "/")
+            lines.append(f"| `{name}` | `{parameter.default}` | {tuned(parameter.space)} | {about} |")
         lines.append("")
     for name, preset in cls.presets.items():
         values = ", ".join(f"{key}={value}" for key, value in {**preset.hyper, **preset.recipe}.items())
         lines += [f"Preset `{name}`: {preset.about}. `{values}`", ""]
     return "\n".join(lines)
+
+
+def tuned(space: Space | None) -> str:
+    """Where a tuner looks, for a cell of the table."""
+    if space is None:
+        return ""
+    off = "" if space.off is NOTHING else f"; off: {space.off}"
+    if isinstance(space, Between):
+        return f"{space.low:g} to {space.high:g}{off}"
+    return f"{', '.join(map(str, space.values))}{off}"
 
 
 def page() -> str:

@@ -42,6 +42,7 @@ from headstart.parts.kernels import is_kernel
 from headstart.parts.memory import Memory
 from headstart.parts.optimizers import Several
 from headstart.parts.ranks import agree, agreed
+from headstart.parts.space import Among, Between, Space
 from headstart.parts.statistics import settle
 
 Room = Literal["baseline", "constrain", "select", "reshape", "route"]
@@ -137,6 +138,7 @@ class Parameter(NamedTuple):
     annotation: Any  # the plain type
     about: str
     schema: Any = Any  # the type with its bounds, as pydantic checks it
+    space: Space | None = None  # where a tuner may look; None: it stays as it is
 
     @property
     def choices(self) -> list[Any] | None:
@@ -165,6 +167,7 @@ class Method(nn.Module):
     keeps_source: ClassVar[bool] = False  # hold a Frozen copy of the net as it was given
     takes_source: ClassVar[bool] = False  # may learn from another network, of any architecture
     keeps_statistics: ClassVar[bool] = True  # may train with the source's BatchNorm statistics held
+    takes_steps: ClassVar[bool] = True  # False: solved, so that the run's rate and decay change nothing
     presets: ClassVar[Mapping[str, Preset]] = {}
     known_failures: ClassVar[Mapping[str, str]] = {}  # contract check: the reason why it cannot hold
 
@@ -349,7 +352,12 @@ class Method(nn.Module):
         about = _described(inspect.getdoc(cls) or "")
         return {
             name: Parameter(
-                name, parameter.default, hints.get(name, Any), about.get(name, ""), bounds.get(name, Any)
+                name,
+                parameter.default,
+                hints.get(name, Any),
+                about.get(name, ""),
+                bounds.get(name, Any),
+                _space(bounds.get(name)),
             )
             for name, parameter in inspect.signature(cls.__init__).parameters.items()
             if name not in own and parameter.kind is parameter.KEYWORD_ONLY
@@ -395,6 +403,12 @@ class Method(nn.Module):
                 "Start from the network it was made with."
             )
         self._at, self._epochs_done, self._entered = state["at"], state["epochs_done"], state["entered"]
+
+
+def _space(annotation: Any) -> Space | None:
+    """The space that stands in an annotation, as in `Annotated[float, Between(0.1, 1.0)]`."""
+    told = [each for each in getattr(annotation, "__metadata__", ()) if isinstance(each, Between | Among)]
+    return told[-1] if told else None
 
 
 def _bring_memory(method: nn.Module, _: Any = None) -> None:

@@ -36,9 +36,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from headstart.errors import MethodError, unknown
+from headstart.errors import ConfigError, MethodError, unknown
 from headstart.method import Batch, Loss, Method, Phase
-from headstart.registry import ROOMS
+from headstart.parts.space import NOTHING
+from headstart.registry import ROOMS, configure
 
 CLASSES = 3
 EPOCHS = 3  # the fewest in which an alternating plan is interrupted in each of its phases
@@ -137,7 +138,10 @@ def describes_itself(case: Case) -> None:
 
 
 def declares_its_hyper_parameters(case: Case) -> None:
-    """Each is keyword-only, annotated, has a default and a line under Args; presets name only those."""
+    """Each is keyword-only, annotated, has a default and a line under Args; presets name only those.
+
+    Where a space stands in the annotation, its ends and its `off` are values that fit.
+    """
     own = inspect.signature(Method.__init__).parameters
     declared = case.cls.hyper()
     for name, parameter in inspect.signature(case.cls.__init__).parameters.items():
@@ -147,6 +151,12 @@ def declares_its_hyper_parameters(case: Case) -> None:
         _require(parameter.annotation is not parameter.empty, f"'{name}' must be annotated.")
         _require(parameter.default is not parameter.empty, f"'{name}' must have a default.")
         _require(declared[name].about, f"'{name}' must be described under Args in the class's docstring.")
+        space = declared[name].space
+        for value in () if space is None else (*space.ends, *(() if space.off is NOTHING else (space.off,))):
+            try:
+                configure(case.cls, None, {name: value})
+            except ConfigError as error:
+                raise ContractError(f"the space of '{name}' must hold what fits. {error}") from None
     for label, preset in case.cls.presets.items():
         for name in preset.hyper:
             _require(name in declared, f"preset '{label}' sets '{name}', which is no hyper-parameter.")

@@ -15,6 +15,7 @@ from headstart.errors import MethodError
 
 if TYPE_CHECKING:
     from headstart.method import Method, Parameter
+    from headstart.parts.space import Space
 
 
 def run(
@@ -78,6 +79,7 @@ def _record(cls: type[Method]) -> dict[str, Any]:
                 "type": _type(parameter),
                 "choices": parameter.choices,
                 "about": parameter.about,
+                "space": None if parameter.space is None else parameter.space.plain(),
             }
             for name, parameter in cls.hyper().items()
         },
@@ -90,7 +92,8 @@ def _show(cls: type[Method]) -> None:
     for name, preset in cls.presets.items():
         _wrapped(f"--preset {name}: {preset.about}")
     for name, parameter in cls.hyper().items():
-        _wrapped(f"--set {name}={_value(parameter.default)}  ({_type(parameter)})  {parameter.about}")
+        tuned = "" if parameter.space is None else f" Tuned {_space(parameter.space)}."
+        _wrapped(f"--set {name}={_value(parameter.default)}  ({_type(parameter)})  {parameter.about}{tuned}")
 
 
 def _wrapped(text: str) -> None:
@@ -109,6 +112,14 @@ def _type(parameter: Parameter) -> str:
         return " | ".join(map(str, parameter.choices))
     kind = parameter.annotation
     return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+
+
+def _space(space: Space) -> str:
+    plain = space.plain()
+    off = f", off at {_value(plain['off'])}" if "off" in plain else ""
+    if "values" in plain:
+        return f"among {', '.join(map(_value, plain['values']))}{off}"
+    return f"between {plain['low']:g} and {plain['high']:g}{', by factors' if plain['log'] else ''}{off}"
 
 
 def _value(value: Any) -> str:

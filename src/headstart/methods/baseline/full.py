@@ -11,12 +11,13 @@ Differs from the paper: the recipe (optimiser, rate, length) is that of the netw
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import NonNegativeFloat, PositiveFloat
 from torch import nn
 
 from headstart.method import Method, Phase, Room
+from headstart.parts.space import Among
 
 
 class Full(Method):
@@ -38,7 +39,7 @@ class Full(Method):
         classes: int | None = None,
         *,
         head_lr: NonNegativeFloat = 10.0,
-        layer_decay: PositiveFloat = 1.0,
+        layer_decay: Annotated[PositiveFloat, Among(1.0, 0.9, 0.75, off=1.0)] = 1.0,
         **given: Any,
     ) -> None:
         super().__init__(net, classes, **given)

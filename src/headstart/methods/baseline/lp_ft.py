@@ -20,13 +20,14 @@ alone. Preset `paper` is the paper's form: the penalty chosen on validation, one
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import NonNegativeFloat, PositiveFloat
 from torch import nn
 
 from headstart.method import Data, Method, Phase, Preset, Room
 from headstart.methods.baseline.probe import chosen, solve_head
+from headstart.parts.space import Among, Between
 from headstart.parts.statistics import has_batchnorm
 
 
@@ -57,9 +58,9 @@ class LPFT(Method):
         net: nn.Module,
         classes: int | None = None,
         *,
-        C: PositiveFloat | None = 1e-4,
+        C: Annotated[PositiveFloat | None, Between(1e-5, 1e-1, log=True)] = 1e-4,
         head_lr: NonNegativeFloat = 5.0,
-        layer_decay: PositiveFloat | None = None,
+        layer_decay: Annotated[PositiveFloat | None, Among(1.0, 0.9, 0.75, off=1.0)] = None,
         **given: Any,
     ) -> None:
         super().__init__(net, classes, **given)

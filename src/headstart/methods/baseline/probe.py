@@ -15,7 +15,7 @@ grid of C is coarser (half decades instead of 45 values), and the head is not re
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import PositiveFloat
@@ -25,6 +25,7 @@ from headstart.errors import MethodError
 from headstart.method import Data, Method, Phase, Room
 from headstart.parts.features import features
 from headstart.parts.logistic import GRID, set_head, solve
+from headstart.parts.space import Between
 
 
 def solve_head(method: Method, data: Data, C: float | None) -> None:
@@ -77,9 +78,15 @@ class Probe(Method):
     name = "probe"
     room: ClassVar[Room] = "baseline"
     paper = "Kornblith, Shlens, Le, CVPR 2019, arXiv 1805.08974, section 4.1"
+    takes_steps = False
 
     def __init__(
-        self, net: nn.Module, classes: int | None = None, *, C: PositiveFloat | None = None, **given: Any
+        self,
+        net: nn.Module,
+        classes: int | None = None,
+        *,
+        C: Annotated[PositiveFloat | None, Between(1e-5, 10.0, log=True)] = None,
+        **given: Any,
     ) -> None:
         super().__init__(net, classes, **given)
         self.C = C

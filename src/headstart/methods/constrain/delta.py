@@ -39,7 +39,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -52,6 +52,7 @@ from headstart.parts.gap import gap
 from headstart.parts.head import find_head, replace_head
 from headstart.parts.head_only import learn_head
 from headstart.parts.pull import Pull
+from headstart.parts.space import Between
 from headstart.parts.statistics import batch_statistics, uses_batch
 from headstart.parts.taps import NoStages, Tap, find_taps, watching
 
@@ -124,7 +125,7 @@ class DELTA(Method):
         net: nn.Module,
         classes: int | None = None,
         *,
-        alpha: NonNegativeFloat = 0.64,
+        alpha: Annotated[NonNegativeFloat, Between(0.02, 20.0, log=True, off=0.0)] = 0.64,
         beta: NonNegativeFloat = 0.01,
         attention: bool = True,
         reduction: Literal["mean", "sum"] = "mean",

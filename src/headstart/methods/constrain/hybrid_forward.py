@@ -60,6 +60,7 @@ from headstart.parts.balance import Balance
 from headstart.parts.crossing import Crossing
 from headstart.parts.kernels import is_kernel
 from headstart.parts.segments import Boundary, Segments, pairs, segments
+from headstart.parts.space import Between
 from headstart.parts.statistics import batch_statistics, uses_batch
 
 Side = Literal["net", "source"]
@@ -115,7 +116,7 @@ class HybridForward(Method):
         *,
         cuts: str | int = "8 32",
         balance: Literal["dynamic", "joint", "static"] = "dynamic",
-        kappa: NonNegativeFloat = 1.0,
+        kappa: Annotated[NonNegativeFloat, Between(0.05, 5.0, log=True, off=0.0)] = 1.0,
         rho: Annotated[float, Field(ge=0, lt=1)] = 0.9,
         w_max: NonNegativeFloat = 1.0,
         ramp: NonNegativeInt = 0,

@@ -43,7 +43,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat
@@ -56,6 +56,7 @@ from headstart.parts.fisher import Fisher, estimate, load
 from headstart.parts.kernels import is_kernel
 from headstart.parts.pairs import distances, paired
 from headstart.parts.pull import Form, Pull
+from headstart.parts.space import Between
 
 Variant = Literal["l2", "l2-sp", "l2-sp-fisher", "l1-sp", "gl-sp", "gl-sp-fisher"]
 
@@ -136,7 +137,7 @@ class L2SP(Method):
         net: nn.Module,
         classes: int | None = None,
         *,
-        alpha: NonNegativeFloat = 0.01,
+        alpha: Annotated[NonNegativeFloat, Between(1e-4, 1.0, log=True, off=0.0)] = 0.01,
         beta: NonNegativeFloat = 0.01,
         variant: Variant = "l2-sp",
         params: Literal["kernels", "all"] = "kernels",

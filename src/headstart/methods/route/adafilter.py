@@ -32,7 +32,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -44,6 +44,7 @@ from headstart.parts import plain
 from headstart.parts.filters import KINDS, Site, find_sites
 from headstart.parts.gated import FilterGate, Gated, merge
 from headstart.parts.head import find_head
+from headstart.parts.space import Among, Between
 from headstart.parts.straight_through import gumbel_noise, straight_through
 from headstart.parts.usage import Usage, by_label, entropy, extremes
 
@@ -82,13 +83,13 @@ class AdaFilter(Method):
         gate: Literal["sigmoid", "hard-sigmoid", "gumbel"] = "sigmoid",
         tau: PositiveFloat = 5.0,
         width: PositiveInt = 64,
-        start: float = 0.0,
+        start: Annotated[float, Among(0.0, 2.0, off=8.0)] = 0.0,
         layers: str = "all",
         bn: Literal["dense", "masked", "single"] = "dense",
         source_bn: Literal["eval", "adapt"] = "eval",
         rest: Literal["train", "frozen"] = "train",
         lam: NonNegativeFloat = 0.0,
-        gate_lr: NonNegativeFloat = 1.0,
+        gate_lr: Annotated[NonNegativeFloat, Between(0.1, 10.0, log=True, off=0.0)] = 1.0,
         body_lr: NonNegativeFloat = 1.0,
         head_lr: NonNegativeFloat = 10.0,
         **given: Any,

@@ -51,6 +51,7 @@ from headstart.method import Data, Group, Loss, Method, Phase, Preset, Room
 from headstart.parts.blocks import Blocks, find_blocks, replaced
 from headstart.parts.kernels import is_kernel
 from headstart.parts.routed import blend, partition, policy_network, preferences, routed
+from headstart.parts.space import Between
 from headstart.parts.statistics import uses_batch
 from headstart.parts.straight_through import gumbel_noise, straight_through
 from headstart.parts.usage import Usage, by_label, entropy, extremes
@@ -127,14 +128,14 @@ class SpotTune(Method):
         lam_k: NonNegativeFloat = 0.1,
         lam_e: NonNegativeFloat = 0.1,
         settle: Annotated[float, Field(ge=0, lt=1)] = 0.2,
-        tau: PositiveFloat = 5.0,
+        tau: Annotated[PositiveFloat, Between(1.0, 10.0, log=True)] = 5.0,
         frozen_norm: Literal["eval", "adapt"] = "eval",
         stem: Literal["train", "frozen", "routed"] = "train",
         downsample: Literal["own", "merge", "train"] = "own",
         eval_routing: Literal["argmax", "sample"] = "argmax",
         policy_width: Annotated[int, Field(ge=4, multiple_of=4)] = 16,
         policy_size: NonNegativeInt = 64,
-        policy_lr: NonNegativeFloat = 1.0,
+        policy_lr: Annotated[NonNegativeFloat, Between(0.1, 10.0, log=True)] = 1.0,
         body_lr: NonNegativeFloat = 1.0,
         head_lr: NonNegativeFloat = 10.0,
         **given: Any,

@@ -54,6 +54,7 @@ from headstart.parts.regressor import (
     squared_distance,
 )
 from headstart.parts.segments import Segments, pairs, segments
+from headstart.parts.space import Among, Between
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -146,10 +147,10 @@ class FitNets(Method):
         mode: Literal["staged", "joint"] = "staged",
         regressor: RegressorName = "auto",
         pair: str = "",
-        beta: NonNegativeFloat = 0.5,
+        beta: Annotated[NonNegativeFloat, Between(0.05, 50.0, log=True, off=0.0)] = 0.5,
         reduction: Literal["mean", "sum"] = "mean",
-        hint_share: Share = 0.3,
-        kd: Literal["auto", "logits", "probe", "none"] = "auto",
+        hint_share: Annotated[Share, Among(0.1, 0.3, 0.5, off=0.0)] = 0.3,
+        kd: Annotated[Literal["auto", "logits", "probe", "none"], Among("auto", "none", off="none")] = "auto",
         temperature: PositiveFloat = 3.0,
         lam: NonNegativeFloat = 4.0,
         lam_end: NonNegativeFloat = 1.0,

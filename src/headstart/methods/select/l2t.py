@@ -41,7 +41,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, final
+from typing import Annotated, Any, ClassVar, Literal, final
 
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -53,6 +53,7 @@ from headstart.method import Batch, Data, Group, Loss, Method, Phase, Preset, Ro
 from headstart.parts.lookahead import Path, apart, averaged, derivative, look_ahead, norm, planted, said_with
 from headstart.parts.matching import Chooser, Student, candidates, evenness, mismatch, to_map, to_size
 from headstart.parts.segments import segments
+from headstart.parts.space import Between
 
 _SHOWN = (
     "lambda",
@@ -113,11 +114,11 @@ class Transfer(Method):
         classes: int | None = None,
         *,
         T: NonNegativeInt = 2,
-        beta: NonNegativeFloat = 0.5,
+        beta: Annotated[NonNegativeFloat, Between(0.05, 5.0, log=True, off=0.0)] = 0.5,
         what: bool = True,
         pairs: str = "auto",
         reach: PositiveFloat = 4.0,
-        meta_lr: NonNegativeFloat = 1e-4,
+        meta_lr: Annotated[NonNegativeFloat, Between(1e-5, 1e-2, log=True)] = 1e-4,
         meta_decay: NonNegativeFloat = 1e-4,
         every: PositiveInt = 1,
         replay: bool = False,
