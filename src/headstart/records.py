@@ -75,6 +75,9 @@ class Run(Record):
     group_col: str | None = Field(None, description="CSV: pictures of one group stay on one side")
     split: tuple[float, float, float] = Field((0.6, 0.2, 0.2), description="shares of train, val and test")
     split_seed: int | None = Field(None, description="seed of the split; None: the run's seed")
+    train_size: int | None = Field(
+        None, ge=1, description="learn from so many training pictures, the smaller sets inside the larger"
+    )
     strict: bool = Field(False, description="stop at the first unreadable picture")
     class_weights: str = Field("none", description="'auto', 'none', or a JSON/YAML file of class: weight")
 
@@ -118,6 +121,9 @@ class Run(Record):
     )
     keep: Keep = Field("last", description="weights that are scored and shipped; 'best': best on val")
     precision: Precision = "fp32"
+    trial: bool = Field(
+        False, description="of a search: scored on val alone, test is never looked at, no model is kept"
+    )
 
     # where to train: these change the time, not what was asked
     device: str = Field("auto", description="auto, cpu, cuda, cuda:0, mps")
@@ -126,6 +132,7 @@ class Run(Record):
     compile: bool = False
 
     MACHINE: ClassVar[frozenset[str]] = frozenset({"device", "workers", "channels_last", "compile"})
+    LATER: ClassVar[frozenset[str]] = frozenset({"train_size", "trial"})  # count where asked for
 
     @field_validator("split")
     @classmethod
@@ -160,6 +167,9 @@ class Run(Record):
         places = {"data", "weights", "source_weights"}
         asked = self.model_dump(mode="json", exclude=set(self.MACHINE) | places | {"strict"})
         asked |= {} if self.pretrained else {"weights": RANDOM}  # another recipe than for a file of them
+        for name in self.LATER:
+            if asked[name] == type(self).model_fields[name].default:
+                del asked[name]  # runs of before these fields were there keep their names
         text = json.dumps([asked, data, source, settled], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -215,7 +225,7 @@ class Parameters(Record):
 class Result(Record):
     """What came out of one run; `result.json` holds it."""
 
-    status: Literal["finished", "failed", "interrupted"]
+    status: Literal["finished", "failed", "interrupted", "pruned"]
     reason: str | None = Field(None, description="why it did not finish, in one or two lines")
     run: Run
     method: str

@@ -35,7 +35,7 @@ def app() -> typer.Typer:
 def test_every_field_is_in_one_panel() -> None:
     named = [name for names in PANELS.values() for name in names]
     assert len(named) == len(set(named))
-    assert set(named) == set(Run.model_fields) - {"data", "hyper"}
+    assert set(named) == set(Run.model_fields) - {"data", "hyper", "trial"}
 
 
 def test_nothing_given_nothing_set(app: typer.Typer) -> None:

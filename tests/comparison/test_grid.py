@@ -141,3 +141,35 @@ def test_what_is_in_brackets_comes_before_what_holds_for_the_method() -> None:
 def test_brackets_that_say_nothing_are_refused(label: str, says: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(says)):
         plan("pictures", [label])
+
+
+def test_every_seed_on_every_split_and_every_size() -> None:
+    grid = plan("pictures", "full,probe", splits=2, seeds=2, train_sizes=["all", 300, 100])
+    assert grid.splits == (0, 1)
+    assert grid.train_sizes == (100, 300, None)
+    stands = [(cell.run.train_size, cell.run.split_seed, cell.run.seed) for cell in grid.cells[::2]]
+    sizes, pairs = (100, 300, None), ((0, 0), (0, 1), (1, 0), (1, 1))
+    assert stands == [(size, *pair) for size in sizes for pair in pairs]
+    assert len(grid.cells) == 24
+
+
+def test_without_splits_each_seed_has_its_own_or_all_the_one_asked_for() -> None:
+    assert {cell.run.split_seed for cell in plan("pictures", "full", seeds=2).cells} == {None}
+    assert {cell.run.split_seed for cell in plan("pictures", "full", seeds=2, split_seed=7).cells} == {7}
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"splits": 0}, "splits is how many, from 1"),
+        ({"splits": 2, "split_seed": 1}, "not both"),
+        ({"train_sizes": [0]}, "train_sizes are numbers"),
+        ({"train_sizes": ["some"]}, "train_sizes are numbers"),
+        ({"train_sizes": []}, "train_sizes are numbers"),
+        ({"train_size": 3}, "Use train_sizes"),
+        ({"trial": True}, "Use trials"),
+    ],
+)
+def test_splits_and_sizes_that_cannot_be(asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan("pictures", "full", **asked)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from headstart.data.folder import Table
-from headstart.data.splits import Split, split
+from headstart.data.splits import Split, fewer, split
 from headstart.errors import DataError, OutputError
 
 
@@ -193,3 +193,40 @@ def test_large_and_uneven() -> None:
     total = Counter(made.sides)
     n = sum(counts.values())
     assert abs(total["train"] / n - 0.6) < 0.02 and abs(total["test"] / n - 0.2) < 0.02
+
+
+def test_fewer_pictures_are_nested_stratified_and_touch_nothing_else() -> None:
+    made, hashes = table({"a": 100, "b": 50, "c": 10})
+    whole = split(made, hashes, seed=3)
+    before: set[int] = set()
+    for size in (3, 16, 48, 95, 96):
+        part = fewer(whole, size)
+        train = set(part.index("train"))
+        assert len(train) == size
+        assert before <= train <= set(whole.index("train"))
+        assert (part.index("val"), part.index("test")) == (whole.index("val"), whole.index("test"))
+        counted = Counter(made.labels[i] for i in train)
+        for label, n in enumerate((60, 30, 6)):
+            assert counted[label] >= 1
+            assert abs(counted[label] - size * n / 96) <= 1.01
+        before = train
+    assert fewer(whole, 96).fingerprint == whole.fingerprint
+    assert fewer(whole, 48).fingerprint != whole.fingerprint
+
+
+def test_which_pictures_are_kept_depends_on_their_contents_alone() -> None:
+    made, hashes = table({"a": 40, "b": 40})
+    kept = {hashes[i] for i in fewer(split(made, hashes, seed=1), 20).index("train")}
+    order = random.Random(0).sample(range(80), 80)
+    shuffled = Table(
+        made.root, [made.paths[i] for i in order], [made.labels[i] for i in order], made.classes, None, None
+    )
+    again = fewer(split(shuffled, [hashes[i] for i in order], seed=1), 20)
+    assert {again.hashes[i] for i in again.index("train")} == kept
+
+
+@pytest.mark.parametrize(("size", "message"), [(97, "there are 96 training"), (2, "Ask for 3 or more")])
+def test_sizes_that_cannot_be_had(size: int, message: str) -> None:
+    whole = split(*table({"a": 100, "b": 50, "c": 10}), seed=0)
+    with pytest.raises(DataError, match=message):
+        fewer(whole, size)

@@ -27,6 +27,7 @@ PANELS: dict[str, tuple[str, ...]] = {
         "group_col",
         "split",
         "split_seed",
+        "train_size",
         "strict",
         "class_weights",
         "augment",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,13 @@ from headstart.records import Run
 BASELINE = "full"
 
 # What a comparison decides for each of its runs, and the argument that says so.
-_ELSEWHERE = {"method": "methods", "preset": "methods (as 'name:preset')", "seed": "seeds"}
+_ELSEWHERE = {
+    "method": "methods",
+    "preset": "methods (as 'name:preset')",
+    "seed": "seeds",
+    "train_size": "train_sizes",
+    "trial": "trials",
+}
 
 _OF_THE_SOURCE = ("source", "source_weights")  # only given to the methods that take another network
 
@@ -31,12 +38,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """All runs of a comparison: seed by seed, and within a seed in the order the methods were named."""
+    """All runs of a comparison: by train size, split and seed, then in the order the methods were named."""
 
     cells: tuple[Cell, ...]
     labels: tuple[str, ...]
     seeds: tuple[int, ...]
     baseline: str  # a label
+    splits: tuple[int, ...] | None = None  # None: each seed has its own, or all have the one asked for
+    train_sizes: tuple[int | None, ...] = (None,)  # ascending; None is all, and last
 
 
 def plan(
@@ -44,14 +53,16 @@ def plan(
     methods: str | Iterable[str],
     *,
     seeds: int | Iterable[int] = 3,
+    splits: int | Iterable[int] | None = None,
+    train_sizes: int | str | Iterable[int | str | None] | None = None,
     baseline: str | None = None,
     hyper: Mapping[str, Mapping[str, Any]] | None = None,
     **fields: Any,
 ) -> Grid:
     """Lay out a comparison, and refuse what cannot be run before anything is trained.
 
-    Runs of one seed share the split, the order of the pictures and their augmentation, because all of
-    these are drawn from the run's seed and nothing but the method differs between them.
+    Runs of one split and seed share the pictures on each side, their order and their augmentation, because
+    all of these are drawn from the two seeds and nothing but the method differs between them.
 
     Args:
         data: a folder of class folders, or a CSV file.
@@ -59,6 +70,10 @@ def plan(
             ('baseline', 'constrain', ...) or 'all'; a list, or one string with commas. What is named
             twice is run once.
         seeds: how many (3 means 0, 1 and 2), or which.
+        splits: how many, or which, and every seed is run on each of them. None: every seed draws a split of
+            its own.
+        train_sizes: numbers of training pictures, or "all": every method learns from each; the pictures of
+            a smaller size are among those of a larger, val and test are the same. None: from all.
         baseline: the method that all others are compared with; it is added where it is not among
             `methods`. None: 'full' where it is among them, else the first, because training a method
             that nobody asked for may cost more than all the others.
@@ -79,7 +94,11 @@ def plan(
         chosen = _label(baseline)
         if chosen not in labels:
             labels.append(chosen)
-    numbers = _seeds(seeds)
+    numbers = _seeds("seeds", seeds)
+    divided = None if splits is None else _seeds("splits", splits)
+    if divided is not None and fields.get("split_seed") is not None:
+        raise ConfigError("Give splits (how many, or which) or split_seed (this one), not both.")
+    sizes = _sizes(train_sizes)
     per_method = _hyper(hyper or {}, labels)
     methods_ = {label: registry.get(named(label).method) for label in labels}
     if not any(cls.takes_source for cls in methods_.values()):
@@ -87,7 +106,7 @@ def plan(
         registry.check_source(first, fields.get("source"), fields.get("source_weights"))
     without = {name: value for name, value in fields.items() if name not in _OF_THE_SOURCE}
     cells = []
-    for seed in numbers:
+    for size, split, seed in itertools.product(sizes, divided or (None,), numbers):
         for label in labels:
             cls = methods_[label]
             own = {
@@ -97,9 +116,18 @@ def plan(
                 "hyper": per_method[label],
                 "seed": seed,
             }
+            own |= {} if split is None else {"split_seed": split}
+            own |= {} if size is None else {"train_size": size}
             run = Run.asked(**(fields if cls.takes_source else without), **own)
             cells.append(Cell(label, run))
-    return Grid(tuple(cells), tuple(labels), tuple(numbers), chosen)
+    return Grid(
+        tuple(cells),
+        tuple(labels),
+        tuple(numbers),
+        chosen,
+        splits=None if divided is None else tuple(divided),
+        train_sizes=tuple(sizes),
+    )
 
 
 def _labels(methods: str | Iterable[str]) -> list[str]:
@@ -164,12 +192,29 @@ def named(label: str) -> Named:
     return Named(found["method"].strip(), (found["preset"] or "").strip() or None, hyper)
 
 
-def _seeds(seeds: int | Iterable[int]) -> list[int]:
+def _sizes(sizes: int | str | Iterable[int | str | None] | None) -> list[int | None]:
+    """Ascending, all (None) last."""
+    given: list[Any] = [sizes] if sizes is None or isinstance(sizes, int | str) else list(sizes)
+    wrong = f"train_sizes are numbers of pictures from 1, or 'all'. Got {sizes!r}."
+    found: set[int | None] = set()
+    for each in given:
+        if each is None or each == "all":
+            found.add(None)
+        elif isinstance(each, int) and not isinstance(each, bool) and each >= 1:
+            found.add(each)
+        else:
+            raise ConfigError(wrong)
+    if not found:
+        raise ConfigError(wrong)
+    return sorted(found, key=lambda size: (size is None, size or 0))
+
+
+def _seeds(what: str, seeds: int | Iterable[int]) -> list[int]:
     if isinstance(seeds, int) and not isinstance(seeds, bool):
         if seeds < 1:
-            raise ConfigError(f"seeds is how many, from 1, or a list of them. Got {seeds}.")
+            raise ConfigError(f"{what} is how many, from 1, or a list of them. Got {seeds}.")
         return list(range(seeds))
-    wrong = f"seeds is how many, or a list of whole numbers from 0. Got {seeds!r}."
+    wrong = f"{what} is how many, or a list of whole numbers from 0. Got {seeds!r}."
     if isinstance(seeds, bool | str) or not isinstance(seeds, Iterable):
         raise ConfigError(wrong)
     numbers = list(dict.fromkeys(seeds))

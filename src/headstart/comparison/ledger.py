@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import json
 import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -19,8 +20,24 @@ from headstart.comparison.statistics import Answers
 from headstart.errors import OutputError
 from headstart.records import Result, Run, Score
 
-Status = Literal["pending", "finished", "failed", "interrupted"]
+Status = Literal["pending", "finished", "failed", "interrupted", "skipped", "pruned"]
+Role = Literal["run", "trial", "curve"]
 SPLITS = ("val", "test")
+
+
+class At(NamedTuple):
+    """What runs that are compared have in common: pictures on the same sides, in the same order."""
+
+    split: int  # seed of the split
+    seed: int  # of order, augmentation and everything else that is drawn
+
+    def __str__(self) -> str:
+        return f"seed {self.seed}" if self.split == self.seed else f"split {self.split}, seed {self.seed}"
+
+
+def at(run: Run) -> At:
+    """Where a run stands: its split, which is drawn from its seed where nothing else was asked, and seed."""
+    return At(run.seed if run.split_seed is None else run.split_seed, run.seed)
 
 
 @dataclass
@@ -34,6 +51,23 @@ class Entry:
     folder: str | None = None  # relative to the comparison's folder; None until the data were looked at
     result: Result | None = None  # of a finished run
     answers: dict[str, Answers] = field(default_factory=dict)  # by split, of a finished run
+    role: Role = "run"  # what counts in the verdict; trials chose its values, curves have fewer labels
+    chosen: dict[str, Any] = field(default_factory=dict)  # what a search chose for it
+
+    @property
+    def at(self) -> At:
+        """Its split and seed: runs that agree in them are compared picture by picture."""
+        return at(self.run)
+
+    @property
+    def split(self) -> int:
+        """The seed of its split."""
+        return self.at.split
+
+    @property
+    def train_size(self) -> int | None:
+        """How many training pictures were asked for; None: all."""
+        return self.run.train_size
 
 
 class Unusable(Exception):
@@ -54,7 +88,7 @@ def look(folder: Path) -> tuple[Result, dict[str, Answers]] | None:
         raise Unusable("its result.json cannot be read") from error
     if result.status != "finished":
         return None
-    if result.val is None or result.test is None:
+    if result.val is None or (result.test is None and not result.run.trial):
         raise Unusable("its result.json has no scores")
     return result, answers(folder, result)
 
@@ -69,7 +103,7 @@ def answers(folder: Path, result: Result) -> dict[str, Answers]:
     try:
         # Opened here, because np.load leaves a file open that it cannot read.
         with (folder / "predictions.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            for split in SPLITS:
+            for split in SPLITS[:1] if result.run.trial else SPLITS:
                 probabilities = arrays[f"{split}_probabilities"]  # [N, K]
                 labels = arrays[f"{split}_labels"]
                 hashes = arrays[f"{split}_hashes"].astype(np.str_)
@@ -79,7 +113,8 @@ def answers(folder: Path, result: Result) -> dict[str, Answers]:
                 found[split] = Answers(right[order], hashes[order])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise Unusable("its predictions.npz cannot be read") from error
-    for split, score in (("val", result.val), ("test", result.test)):
+    for split in found:
+        score = result.val if split == "val" else result.test
         n = len(found[split].right)
         if score is None or n != score.n or n != len(found[split].hashes) or n == 0:
             raise Unusable("its predictions.npz and result.json are not of the same run")
@@ -87,10 +122,10 @@ def answers(folder: Path, result: Result) -> dict[str, Answers]:
 
 
 COLUMNS = (
-    *("method", "preset", "seed", "status", "reason"),
+    *("label", "method", "preset", "seed", "train_size", "role", "status", "reason"),
     *(f"{split}_{name}" for split in SPLITS for name in Score.model_fields),
     *("seconds", "peak_memory_mb", "ms_per_image", "trained", "shipped"),
-    *("epochs", "kept", "split_seed", "model", "folder"),
+    *("epochs", "kept", "split_seed", "model", "hyper", "folder"),
 )
 
 
@@ -98,12 +133,17 @@ def flat(entry: Entry) -> dict[str, Any]:
     """One run as one row of results.csv; what is not known is None."""
     row: dict[str, Any] = dict.fromkeys(COLUMNS)
     row |= {
+        "label": entry.label,
         "method": entry.run.method,
         "preset": entry.run.preset,
         "seed": entry.run.seed,
+        "train_size": entry.train_size,
+        "role": entry.role,
         "status": entry.status,
         "reason": entry.reason,
+        "split_seed": entry.split,
         "model": entry.run.model,
+        "hyper": json.dumps(entry.chosen, sort_keys=True) if entry.chosen else None,
         "folder": entry.folder,
     }
     result = entry.result
@@ -112,7 +152,7 @@ def flat(entry: Entry) -> dict[str, Any]:
     for split, score in (("val", result.val), ("test", result.test)):
         if score is not None:
             row |= {f"{split}_{name}": value for name, value in score.model_dump().items()}
-    for name in ("seconds", "peak_memory_mb", "ms_per_image", "epochs", "kept", "split_seed"):
+    for name in ("seconds", "peak_memory_mb", "ms_per_image", "epochs", "kept"):
         row[name] = getattr(result, name)
     if result.parameters is not None:
         row |= result.parameters.model_dump()

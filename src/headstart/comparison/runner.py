@@ -270,12 +270,12 @@ class _Runner:
 
     def _finished(self, entry: Entry, result: Result, answers: dict[str, Answers]) -> None:
         for other in self.entries:
-            if other.status != "finished" or other.run.seed != entry.run.seed:
+            if other.status != "finished" or other.at != entry.at:
                 continue
             if any(list(other.answers[s].hashes) != list(answers[s].hashes) for s in ledger.SPLITS):
                 raise OutputError(
-                    f"{entry.folder} and {other.folder} were scored on other pictures, though both have seed "
-                    f"{entry.run.seed}. Delete the one that was changed and run again."
+                    f"{entry.folder} and {other.folder} were scored on other pictures, though both have "
+                    f"{entry.at}. Delete the one that was changed and run again."
                 )
         entry.status, entry.reason = "finished", None
         entry.result, entry.answers = result, answers

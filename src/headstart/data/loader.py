@@ -28,7 +28,7 @@ from torchvision.transforms import v2
 from headstart.data.cache import Pictures, Progress, Say, quiet
 from headstart.data.folder import SPLITS, Table, scan
 from headstart.data.picture import Unreadable
-from headstart.data.splits import Split, split
+from headstart.data.splits import Split, fewer, split
 from headstart.data.transforms import KINDS, Preprocess, augment
 from headstart.errors import ConfigError, unknown
 from headstart.records import Run
@@ -199,6 +199,8 @@ def load(
     seed = run.split_seed if run.split_seed is not None else run.seed
     divided = split(table, facts.hashes, shares=run.split, seed=seed, near=facts.near)
     notes += divided.notes
+    if run.train_size is not None:
+        divided = fewer(divided, run.train_size)
     for note in notes:
         say(note)
     return Task(table, pictures, divided, preprocess, seed, notes)

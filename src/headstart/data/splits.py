@@ -162,6 +162,43 @@ def split(
     return result
 
 
+def fewer(whole: Split, size: int) -> Split:
+    """A split with so many of its training pictures; val and test stay as they are.
+
+    Stratified, and nested: the pictures of a smaller size are among those of every larger one. Each class
+    keeps one at least. Which they are depends on the contents and labels alone, so that equal splits give
+    equal parts.
+
+    Args:
+        whole: the split.
+        size: how many training pictures.
+
+    Raises:
+        DataError: more than there are, or fewer than there are classes.
+    """
+    train = whole.index("train")
+    of_class: dict[int, list[int]] = defaultdict(list)
+    drawn = {i: hashlib.sha256(f"fewer:{whole.hashes[i]}".encode()).digest() for i in train}
+    for i in sorted(train, key=lambda i: drawn[i]):
+        of_class[whole.table.labels[i]].append(i)
+    if size > len(train):
+        raise DataError(f"train_size is {size}, and there are {len(train)} training pictures. Ask for fewer.")
+    if size < len(of_class):
+        raise DataError(
+            f"train_size is {size}, and each of the {len(of_class)} classes needs a picture to learn from. "
+            f"Ask for {len(of_class)} or more."
+        )
+    # The k-th of the n pictures of a class stands at (k + 1/2)/n: any number of first ones is stratified.
+    place = {
+        i: (k > 0, (k + 0.5) / len(members), label)
+        for label, members in of_class.items()
+        for k, i in enumerate(members)
+    }
+    kept = set(sorted(train, key=lambda i: place[i])[:size])
+    sides = [None if side == "train" and i not in kept else side for i, side in enumerate(whole.sides)]
+    return Split(whole.table, whole.hashes, sides, whole.notes)
+
+
 class _Units:
     """Pictures that belong together, placed as one."""
 

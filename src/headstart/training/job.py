@@ -41,7 +41,10 @@ from headstart.training.score import predictions, score
 _SCORED_AT_ONCE = {"cpu": 16, "cuda": 128, "mps": 64}
 
 # What decides which pictures are in which split, and which network it is: runs that agree share them.
-_DATA = ("data", "image_col", "label_col", "split_col", "group_col", "split", "strict", "img_size")
+_DATA = (
+    *("data", "image_col", "label_col", "split_col", "group_col", "split", "train_size", "strict"),
+    "img_size",
+)
 _NET = ("model", "weights", "img_size")
 _SOURCE = (*_NET, "source", "source_weights")  # its size is the network's
 
@@ -66,6 +69,15 @@ class Prepared:
         """The run's folder name in a comparison."""
         label = self.run.method if self.run.preset is None else f"{self.run.method}-{self.run.preset}"
         return f"{label}-{self.key}-s{self.run.seed}"
+
+    @cached_property
+    def unfit(self) -> str | None:
+        """The one-line reason why the method cannot run here; None where it can."""
+        counts = {split: len(self.task.labels(split)) for split in ("train", "val", "test")}
+        size = self.pretrained.preprocess.size
+        return self.cls.fits(
+            self.pretrained.net, {"classes": len(self.task.classes), "img_size": size, **counts}
+        )
 
 
 def prepare(run: Run, *, share: Prepared | None = None, say: Callable[[str], None] = print) -> Prepared:
@@ -158,12 +170,8 @@ def prepare(run: Run, *, share: Prepared | None = None, say: Callable[[str], Non
 def build(prepared: Prepared) -> Method:
     """The method on a copy of the network, with a fresh head for the task."""
     task, size = prepared.task, prepared.pretrained.preprocess.size
-    counts = {split: len(task.labels(split)) for split in ("train", "val", "test")}
-    reason = prepared.cls.fits(
-        prepared.pretrained.net, {"classes": len(task.classes), "img_size": size, **counts}
-    )
-    if reason is not None:
-        raise MethodError(f"{prepared.run.method} cannot run here: {reason}")
+    if prepared.unfit is not None:
+        raise MethodError(f"{prepared.run.method} cannot run here: {prepared.unfit}")
     torch.manual_seed(prepared.run.seed)  # what a method draws when it is built
     method = prepared.cls(
         copy.deepcopy(prepared.pretrained.net),
@@ -200,8 +208,9 @@ def execute(
 ) -> Result:
     """Train, score and save one run.
 
-    The folder then holds `result.json`, `metrics.jsonl`, `predictions.npz`, `split.csv` and `model/`. A
-    folder with this very run finished in it is left as it is; one with this run begun is gone on with.
+    The folder then holds `result.json`, `metrics.jsonl`, `predictions.npz`, `split.csv` and `model/`; that of
+    a trial no model, and nothing about the test pictures, which it never looks at. A folder with this very
+    run finished in it is left as it is; one with this run begun is gone on with.
 
     Args:
         prepared: from `prepare`.
@@ -257,9 +266,10 @@ def _execute(prepared: Prepared, folder: Path, machine: Machine, reporter: Repor
     _choose_layout(method, batches, folder, machine, run.channels_last)
     if run.compile:
         method.net.compile()
+    scored = ("val",) if run.trial else ("val", "test")
     plain = {
         split: task.plain(split, _SCORED_AT_ONCE[machine.device.type], device=machine.device)
-        for split in ("train", "val", "test")
+        for split in ("train", *scored)
     }
     fitted = fit(
         method,
@@ -278,7 +288,7 @@ def _execute(prepared: Prepared, folder: Path, machine: Machine, reporter: Repor
     )
     arrays: dict[str, np.ndarray] = {}
     scores = {}
-    for split in ("val", "test"):
+    for split in scored:
         clock = time.perf_counter()
         said = predictions(method, Placed(plain[split], machine))
         machine.wait()
@@ -308,14 +318,15 @@ def _execute(prepared: Prepared, folder: Path, machine: Machine, reporter: Repor
     if machine.main:
         write_npz(folder / "predictions.npz", arrays)
         task.split.write(folder / "split.csv")
-        bundle.save(
-            folder / "model",
-            exported,
-            config=prepared.pretrained.config,
-            preprocess=prepared.pretrained.preprocess,
-            classes=task.classes,
-            card=_card(result, prepared),
-        )
+        if not run.trial:
+            bundle.save(
+                folder / "model",
+                exported,
+                config=prepared.pretrained.config,
+                preprocess=prepared.pretrained.preprocess,
+                classes=task.classes,
+                card=_card(result, prepared),
+            )
         # A resumed run is no cheaper than one that was left in peace: a verdict weighs these.
         seconds = time.perf_counter() - started + fitted.before
         result = result.model_copy(update={"seconds": round(seconds, 2)})
