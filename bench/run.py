@@ -17,7 +17,10 @@ import time
 import measurement
 from measurement import HERE, RESULTS, Check
 
-NAMES = ("startup", "l2_sp_step", "hybrid_step", "cache_feed", "plain_loop", "accuracy", "constrain", "demo")
+NAMES = (
+    *("startup", "l2_sp_step", "hybrid_step", "spottune_step", "adafilter_step", "cache_feed", "plain_loop"),
+    *("accuracy", "constrain", "route", "demo"),
+)
 
 
 def main() -> int:

@@ -87,11 +87,11 @@ def perturb(method: SpotTune, by: float = 0.1, seed: int = 9) -> SpotTune:
 def choose(method: SpotTune, value: float | Tensor) -> None:
     """All pictures take this way, or these ways."""
 
-    def choices(x: Tensor, *, drawn: bool = False) -> Tensor:
+    def routes(x: Tensor) -> Tensor:
         given = torch.as_tensor(value, dtype=x.dtype)
         return given.expand(len(x), len(method.units)) if given.ndim < 2 else given
 
-    method._choices = choices  # type: ignore[method-assign]
+    method.routes = routes
 
 
 def run(method: Method, steps: int = 6, look: Any = None, **options: Any) -> list[float]:
@@ -710,5 +710,5 @@ def test_the_contract_case_is_routed() -> None:
     """The contract's own networks send pictures both ways, so that its checks see both copies."""
     case = Case(SpotTune, small_net())
     x, _ = case.train[0]
-    choices = case.method()._choices(x)
+    choices = case.method().choices(x)
     assert 0 < choices.sum() < choices.numel()

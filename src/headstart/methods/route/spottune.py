@@ -167,6 +167,7 @@ class SpotTune(Method):
         self.adapted = nn.ModuleList()
         if frozen_norm == "adapt":
             self.adapted.extend(copy.deepcopy(self.source.net.get_submodule(name)) for name in self.names)
+        self.routes: Callable[[Tensor], Tensor] | None = None  # chooses in the place of the policy: I [B, L]
         self.usage = Usage(len(self.units))
         self.usage.begin(self.memory)
         self._warned = False
@@ -180,7 +181,7 @@ class SpotTune(Method):
             )
         if "kept" in self.memory:
             return self.loss(self._constant(x, self._kept()), y)
-        chosen = self._choices(x, drawn=True)  # I [B, L]
+        chosen = self.choices(x, drawn=True)  # I [B, L]
         logits = self._along(x, chosen, blend)
         if self.training:
             self.usage.update(self.memory, chosen.detach())
@@ -195,9 +196,17 @@ class SpotTune(Method):
         """Logits [B, K]; a picture runs through the copies that the policy prefers for it, and no others."""
         if "kept" in self.memory:
             return self._constant(x, self._kept())
-        chosen = self._choices(x, drawn=self.eval_routing == "sample")
+        chosen = self.choices(x, drawn=self.eval_routing == "sample")
         # Dividing a batch says the same only where no layer looks across it.
         return self._along(x, chosen, blend if uses_batch(self) else partition)
+
+    def choices(self, x: Tensor, *, drawn: bool = False) -> Tensor:
+        """I [B, L]: 1 where a picture of [B, C, H, W] takes the tuned copy, preferred or drawn."""
+        if self.routes is not None:
+            return self.routes(x)
+        u = preferences(self.policy(x))
+        noise = gumbel_noise(u.shape, device=u.device) if drawn else None
+        return straight_through(u, tau=self.tau, noise=noise)
 
     def plan(self, epochs: int) -> list[Phase]:
         """Network and policy together; the global form then trains the network that was chosen."""
@@ -301,7 +310,7 @@ class SpotTune(Method):
         """Which way each training picture goes; and whether one way for all would say the same."""
         self.eval()
         with torch.no_grad():
-            seen = [(self._choices(x), y if y.ndim == 1 else y.argmax(1)) for x, y in data.plain]
+            seen = [(self.choices(x), y if y.ndim == 1 else y.argmax(1)) for x, y in data.plain]
             self.memory["routes"] = torch.cat([chosen for chosen, _ in seen]).to(torch.uint8)  # [N, L]
             self.memory["labels"] = torch.cat([labels for _, labels in seen])
             kept = self._kept()
@@ -319,12 +328,6 @@ class SpotTune(Method):
                 "spottune has to see the network run once: give example=..., a batch [1, C, H, W]."
             )
         return self.example
-
-    def _choices(self, x: Tensor, *, drawn: bool = False) -> Tensor:
-        """I [B, L]: 1 where a picture takes the tuned copy."""
-        u = preferences(self.policy(x))
-        noise = gumbel_noise(u.shape, device=u.device) if drawn else None
-        return straight_through(u, tau=self.tau, noise=noise)
 
     def _along(self, x: Tensor, chosen: Tensor, how: Callable[..., Tensor]) -> Tensor:
         """Logits [B, K] of pictures along their routes, with `blend` or `partition` at each block."""
