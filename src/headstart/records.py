@@ -252,6 +252,11 @@ class Result(Record):
         None, description="MiB: allocated on the GPU; on the CPU of the whole process, libraries included"
     )
     ms_per_image: float | None = None
+    flops: int | None = Field(
+        None, description="of the shipped network for one picture; a multiplication and an addition are two"
+    )
+    n_train: int | None = Field(None, description="pictures that were trained on")
+    device: str | None = Field(None, description="what it was trained on: 'NVIDIA H100', 'cpu, 2 threads'")
     diagnostics: dict[str, Any] = Field(default_factory=dict, description="plain data the method left")
     versions: dict[str, str] = Field(default_factory=dict)
 

@@ -48,6 +48,8 @@ def test_every_method_leaves_a_result_and_a_model_that_says_the_same(
     assert result.seconds > 0 and result.phases and result.fingerprints is not None
     assert result.peak_memory_mb is not None and result.peak_memory_mb > 50
     assert result.recipe is not None and result.recipe.norm == "eval"
+    assert result.flops is not None and result.flops > 1e6 and result.n_train == 21
+    assert result.device is not None and result.device.startswith("cpu, ")
     assert set(result.versions) >= {"headstart", "torch", "timm", "python"}
     if method == "probe":
         assert result.parameters.trained < 0.05 * result.parameters.shipped

@@ -24,6 +24,7 @@ from headstart.errors import ConfigError, HeadstartError, MethodError, OutputErr
 from headstart.method import Method
 from headstart.nets import recipe as recipes
 from headstart.nets import zoo
+from headstart.parts.flops import flops
 from headstart.parts.frozen import fingerprint
 from headstart.parts.statistics import has_batchnorm
 from headstart.parts.viewed import Viewed
@@ -312,6 +313,9 @@ def _execute(prepared: Prepared, folder: Path, machine: Machine, reporter: Repor
             ),
             "peak_memory_mb": round(machine.peak_memory_mb(), 1),
             "ms_per_image": round(ms_per_image, 3),
+            "flops": flops(exported, prepared.pretrained.preprocess.size),
+            "n_train": len(task.labels("train")),
+            "device": machine.described(),
             "diagnostics": method.diagnostics() | fitted.over_time(),
         }
     )

@@ -66,6 +66,16 @@ class Machine:
         """Whether this process is the one that writes."""
         return bool(self.accelerator.is_main_process)
 
+    def described(self) -> str:
+        """What it computes on, for people: 'NVIDIA H100 80GB HBM3', 'cpu, 2 threads'."""
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+            return name if self.world == 1 else f"{self.world} x {name}"
+        if self.device.type == "cpu":
+            threads = torch.get_num_threads()
+            return f"cpu, {threads} thread{'s' if threads != 1 else ''}"
+        return self.device.type
+
     def choose_layout(self, net: nn.Module, x: Tensor, asked: bool | None, notes: Path | None = None) -> None:
         """Lay pictures and weights out channels-last where that is faster, by measuring a few steps.
 
