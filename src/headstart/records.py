@@ -197,6 +197,9 @@ class Score(Record):
     balanced_accuracy: float
     macro_f1: float
     log_loss: float
+    calibration_error: float | None = Field(
+        None, description="expected calibration error in 15 bins; None in results of older versions"
+    )
 
 
 class PhaseTime(Record):

@@ -56,7 +56,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special, stats
 
 DRAWS = 10_000
 SEED_SPREAD = 0.01  # prior standard deviation of a run's accuracy from seed to seed
@@ -109,6 +109,13 @@ def over_seeds(means: Sequence[float]) -> Interval | None:
     return Interval(mean, mean - half, mean + half)
 
 
+class _Difference(NamedTuple):
+    """What the draws say of one pair of methods."""
+
+    interval: Interval
+    better: float  # share of the draws above zero
+
+
 class Resampled:
     """The same draws of pictures for all runs of a comparison.
 
@@ -123,17 +130,22 @@ class Resampled:
     ) -> None:
         self._runs = runs
         self._rng = np.random.default_rng(seed)
-        self._pictures = {s: answers.hashes for of in runs.values() for s, answers in of.items()}
+        hashes = {s: answers.hashes for of in runs.values() for s, answers in of.items()}
+        pictures, codes = np.unique(np.concatenate(list(hashes.values())), return_inverse=True)
+        ends = np.cumsum([len(each) for each in hashes.values()])[:-1]
+        self._pictures = dict(zip(hashes, np.split(codes, ends), strict=True))  # numbers in place of hashes
         self._columns = {key: i for i, key in enumerate((m, s) for m, of in runs.items() for s in of)}
         self._columns_of_seed = {s: len(self._columns) + i for i, s in enumerate(self._pictures)}
-        self._sums = self._draw(draws)  # [draws, runs + seeds]  weight of right answers; of all pictures
+        self._sums = self._draw(
+            draws, len(pictures)
+        )  # [draws, runs + seeds]  weight of right answers; of all pictures
         # Half a picture in each cell: only one right, only the other, and both or none.
         self._one = self._rng.gamma(0.5, size=draws)
         self._other = self._rng.gamma(0.5, size=draws)
         self._neither = self._rng.gamma(1.0, size=draws)
         self._uniform = self._rng.random(draws)
         self._t: dict[int, NDArray[np.float64]] = {}
-        self._known: dict[tuple[str, str], Interval | None] = {}
+        self._known: dict[tuple[str, str], _Difference | None] = {}
 
     def accuracy(self, method: str) -> Interval:
         """Mean accuracy of a method over its seeds."""
@@ -141,16 +153,26 @@ class Resampled:
         distinct = self._distinct(seeds)
         right = self._one + self._other  # together one picture right; the rest is one picture wrong
         drawn = [self._share(self._sum(method, s), right, s, distinct) for s in seeds]
-        found = self._interval(drawn, [self.point(method, s) for s in seeds], SEED_SPREAD)
+        points = [self.point(method, s) for s in seeds]
+        found = _interval(self._moved(drawn, points, SEED_SPREAD), points)
         return Interval(found.mean, max(0.0, found.lo), min(1.0, found.hi))
 
     def difference(self, method: str, other: str) -> Interval | None:
         """Accuracy of `method` minus that of `other`, over the seeds both have; None where there are none."""
+        known = self._compared(method, other)
+        return None if known is None else known.interval
+
+    def better(self, method: str, other: str) -> float | None:
+        """Probability that `method` is the better one, had other pictures and seeds been drawn."""
+        known = self._compared(method, other)
+        return None if known is None else known.better
+
+    def _compared(self, method: str, other: str) -> _Difference | None:
         if (method, other) not in self._known:
             self._known[method, other] = self._difference(method, other)
         return self._known[method, other]
 
-    def _difference(self, method: str, other: str) -> Interval | None:
+    def _difference(self, method: str, other: str) -> _Difference | None:
         seeds = self.shared(method, other)
         if not seeds:
             return None
@@ -160,8 +182,11 @@ class Resampled:
             for s in seeds
         ]
         points = [self.point(method, s) - self.point(other, s) for s in seeds]
-        found = self._interval(drawn, points, SEED_SPREAD * 2**0.5)
-        return Interval(found.mean, max(-1.0, found.lo), min(1.0, found.hi))
+        moved = self._moved(drawn, points, SEED_SPREAD * 2**0.5)
+        found = _interval(moved, points)
+        return _Difference(
+            Interval(found.mean, max(-1.0, found.lo), min(1.0, found.hi)), float((moved > 0).mean())
+        )
 
     def shared(self, method: str, other: str) -> list[int]:
         """The seeds that both methods have."""
@@ -171,20 +196,24 @@ class Resampled:
         """Accuracy of one run."""
         return float(self._runs[method][seed].right.mean())
 
-    def _draw(self, draws: int) -> NDArray[np.float32]:
-        pictures = np.unique(np.concatenate(list(self._pictures.values())))
-        where = {s: np.searchsorted(pictures, hashes) for s, hashes in self._pictures.items()}
-        table = np.zeros((len(pictures), len(self._columns) + len(where)), np.float32)
-        for s, rows in where.items():  # a picture may lie twice in a split
-            table[:, self._columns_of_seed[s]] = np.bincount(rows, minlength=len(pictures))
+    def _draw(self, draws: int, n: int) -> NDArray[np.float32]:
+        table = np.zeros((n, len(self._columns) + len(self._pictures)), np.float32)
+        for s, rows in self._pictures.items():  # a picture may lie twice in a split
+            table[:, self._columns_of_seed[s]] = np.bincount(rows, minlength=n)
         for (method, s), column in self._columns.items():
             right = self._runs[method][s].right
-            table[:, column] = np.bincount(where[s], weights=right, minlength=len(pictures))
-        step = max(1, _AT_ONCE // len(pictures))
+            table[:, column] = np.bincount(self._pictures[s], weights=right, minlength=n)
+        # Pictures that all runs answered alike are drawn together: k exponentials add up to a gamma of k.
+        kinds, count = _kinds(table)
+        step = max(1, _AT_ONCE // len(kinds))
         parts = []
         for start in range(0, draws, step):
-            shape = (min(step, draws - start), len(pictures))
-            parts.append(self._rng.standard_exponential(shape, dtype=np.float32) @ table)
+            shape = (min(step, draws - start), len(kinds))
+            if (count == 1).all():
+                weights = self._rng.standard_exponential(shape, dtype=np.float32)
+            else:
+                weights = self._rng.standard_gamma(count, shape).astype(np.float32)
+            parts.append(weights @ kinds)
         return np.concatenate(parts)
 
     def _sum(self, method: str, seed: int) -> NDArray[np.float32]:
@@ -202,7 +231,9 @@ class Resampled:
     def _distinct(self, seeds: list[int]) -> int:
         return len(np.unique(np.concatenate([self._pictures[s] for s in seeds])))
 
-    def _interval(self, drawn: list[NDArray[np.float64]], points: list[float], spread: float) -> Interval:
+    def _moved(
+        self, drawn: list[NDArray[np.float64]], points: list[float], spread: float
+    ) -> NDArray[np.float64]:
         """See the module's docstring; drawn: K arrays [draws], points: what was observed in the K seeds."""
         k = len(points)
         by_seed = np.stack(drawn, axis=1)  # [draws, K]
@@ -215,7 +246,26 @@ class Resampled:
         variance = ((k - 1) * beyond + spread**2) / k
         freedom = max(k, 2)
         if freedom not in self._t:
-            self._t[freedom] = stats.t.ppf(self._uniform, freedom)
-        lo, hi = np.quantile(mean + self._t[freedom] * np.sqrt(variance / k), [0.025, 0.975])
-        estimate = float(np.mean(points))
-        return Interval(estimate, min(float(lo), estimate), max(float(hi), estimate))
+            self._t[freedom] = special.stdtrit(freedom, self._uniform)
+        moved: NDArray[np.float64] = mean + self._t[freedom] * np.sqrt(variance / k)
+        return moved
+
+
+def _kinds(table: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
+    """The different rows of a table [N, C], and how many there are of each."""
+    if table.max(initial=0) > 1 or table.shape[1] > 64:
+        rows, count = np.unique(table, axis=0, return_counts=True)
+        return rows, count
+    # Zeros and ones of a row as one whole number: sorting rows takes longer than all the draws.
+    bits = np.packbits(table.astype(bool), axis=1, bitorder="little")
+    padded = np.zeros((len(table), 8), np.uint8)
+    padded[:, : bits.shape[1]] = bits
+    _, first, count = np.unique(padded.view(np.uint64), return_index=True, return_counts=True)
+    return table[first], count
+
+
+def _interval(moved: NDArray[np.float64], points: list[float]) -> Interval:
+    """The middle 95 % of the draws, widened to hold what was observed."""
+    lo, hi = np.quantile(moved, [0.025, 0.975])
+    estimate = float(np.mean(points))
+    return Interval(estimate, min(float(lo), estimate), max(float(hi), estimate))

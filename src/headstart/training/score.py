@@ -9,6 +9,7 @@ import torch
 from sklearn.metrics import f1_score, log_loss, recall_score
 from torch import Tensor
 
+from headstart import calibration
 from headstart.errors import TrainingError
 from headstart.method import Method
 from headstart.records import Score
@@ -45,7 +46,7 @@ def predictions(
 
 
 def score(probabilities: np.ndarray, labels: np.ndarray) -> Score:
-    """Accuracy, balanced accuracy, macro-F1 and log-loss.
+    """Accuracy, balanced accuracy, macro-F1, log-loss and calibration error.
 
     Args:
         probabilities: [N, K], rows add up to 1.
@@ -62,4 +63,5 @@ def score(probabilities: np.ndarray, labels: np.ndarray) -> Score:
         balanced_accuracy=float(recalls.mean()),
         macro_f1=float(f1_score(labels, said, labels=present, average="macro", zero_division=0)),
         log_loss=float(log_loss(labels, exact, labels=np.arange(probabilities.shape[1]))),
+        calibration_error=calibration.bins(exact, labels).error,
     )
