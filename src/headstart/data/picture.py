@@ -148,16 +148,27 @@ def open_picture(source: str | Path | BinaryIO) -> Image.Image:
     return open_with_notes(source)[0]
 
 
-def open_with_notes(source: str | Path | BinaryIO, name: str | None = None) -> tuple[Image.Image, list[str]]:
+def open_with_notes(
+    source: str | Path | BinaryIO,
+    name: str | None = None,
+    *,
+    formats: tuple[str, ...] | None = None,
+    most_pixels: int | None = None,
+) -> tuple[Image.Image, list[str]]:
     """As `open_picture`, with what Pillow had to remark on the file (damaged metadata, mostly).
 
     Args:
         source: a path, or a binary file object.
         name: what to call the file in an error; None: its own name.
+        formats: Pillow's names of the formats that are tried; None: all that it has.
+        most_pixels: refuse a picture whose header claims more, before it is decoded; None: Pillow's bound.
     """
     shown = name or (
         str(source) if isinstance(source, str | Path) else str(getattr(source, "name", "picture"))
     )
+    if formats is not None:
+        Image.init()  # else Pillow knows only five formats by name
+        formats = tuple(each for each in formats if each in Image.OPEN)
     with _collect() as notes:
         try:
             if isinstance(source, str | Path):
@@ -165,15 +176,22 @@ def open_with_notes(source: str | Path | BinaryIO, name: str | None = None) -> t
                 stream: BinaryIO = io.BytesIO(content)
             else:
                 stream = source
-            with Image.open(stream) as image, _alone if _is_giant(image) else nullcontext():
-                image.load()
-                picture = _rgb(image)
-                orientation = _orientation(image, notes)
+            with Image.open(stream, formats=formats) as image:
+                if most_pixels is not None and image.width * image.height > most_pixels:
+                    raise Unreadable(shown, _too_large(image, most_pixels))
+                with _alone if _is_giant(image) else nullcontext():
+                    image.load()
+                    picture = _rgb(image)
+                    orientation = _orientation(image, notes)
             if orientation in _UPRIGHT:
                 picture = picture.transpose(_UPRIGHT[orientation])
         except _DAMAGE as error:
             raise Unreadable(shown, _reason(error, source)) from None
     return picture, list(dict.fromkeys(notes))
+
+
+def _too_large(image: Image.Image, most: int) -> str:
+    return f"too large: {image.width} x {image.height} pixels, and at most {most / 1e6:g} million are taken"
 
 
 def _orientation(image: Image.Image, notes: list[str]) -> int:
@@ -236,6 +254,8 @@ def _reason(error: BaseException, source: str | Path | BinaryIO) -> str:
         return f"too large: more than {2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000} million pixels"
     if isinstance(error, MemoryError):
         return "too large for the memory"
+    if isinstance(error, TimeoutError):
+        return str(error) or "took too long to read"
     if isinstance(error, UnidentifiedImageError):
         return _not_a_picture(source)
     text = " ".join(str(error).split()).rstrip(".")
