@@ -74,12 +74,13 @@ def divided(
             if shrunk:
                 preprocess.reduce(open_picture(path)).save(folder / f"{kept[label]:03d}.png")
             else:
-                _link(path, folder / f"{kept[label]:03d}{path.suffix.lower()}")
+                link(path, folder / f"{kept[label]:03d}{path.suffix.lower()}")
     temporary.rename(out)
     return out
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
+    """A second name for a file; a copy where it cannot have one."""
     try:
         os.link(source.resolve(), target)
     except OSError:  # another file system

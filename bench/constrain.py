@@ -62,7 +62,7 @@ def main() -> int:
     start = time.perf_counter()
     done = headstart.compare(
         folder,
-        METHODS[:2] if options.quick else METHODS,
+        ["full", *SWEEPS["l2-sp"][:2]] if options.quick else METHODS,
         seeds=seeds,
         epochs=epochs,
         batch_size=batch,
@@ -88,6 +88,7 @@ def main() -> int:
             at_least=False,
         )
         for name, labels in SWEEPS.items()
+        if all(label in mean for label in labels)
     ]
     details: dict[str, Any] = {
         "sentence": done.verdict,

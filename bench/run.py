@@ -18,8 +18,21 @@ import measurement
 from measurement import HERE, RESULTS, Check
 
 NAMES = (
-    *("startup", "l2_sp_step", "hybrid_step", "spottune_step", "adafilter_step", "cache_feed", "plain_loop"),
-    *("accuracy", "constrain", "route", "demo"),
+    "startup",
+    "l2_sp_step",
+    "delta_step",
+    "hybrid_step",
+    "fitnets_step",
+    "l2t_step",
+    "spottune_step",
+    "adafilter_step",
+    "cache_feed",
+    "plain_loop",
+    "accuracy",
+    "constrain",
+    "route",
+    "selection",
+    "demo",
 )
 
 
@@ -41,14 +54,14 @@ def main() -> int:
         missed = missed or code != 0
         took = f"{time.time() - began:.0f} s"
         if options.quick:
-            lines.append(f"{name:<12} {'runs' if code == 0 else 'BROKEN'}  ({took})")
+            lines.append(f"{name:<14} {'runs' if code == 0 else 'BROKEN'}  ({took})")
         elif not path.exists() or path.stat().st_mtime < began:
-            lines.append(f"{name:<12} BROKEN  ({took})")
+            lines.append(f"{name:<14} BROKEN  ({took})")
         else:
             for check in json.loads(path.read_text(encoding="utf-8"))["checks"]:
                 kept = check.pop("kept")
                 assert Check(**check).kept == kept
-                lines.append(f"{name:<12} {Check(**check).line()}  ({took})")
+                lines.append(f"{name:<14} {Check(**check).line()}  ({took})")
     print("\n" + "\n".join(lines))
     return 1 if missed else 0
 
