@@ -16,7 +16,7 @@ from pathlib import Path
 from headstart.data.catalogue import fetch
 from headstart.data.loader import load
 from headstart.data.picture import open_picture
-from headstart.data.transforms import Preprocess
+from headstart.data.preprocess import Preprocess
 from headstart.records import Run
 from measurement import DATA
 

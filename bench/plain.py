@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, v2
 
-from headstart.data.transforms import Preprocess
+from headstart.data.preprocess import Preprocess
 
 _SCORED_AT_ONCE = 64
 # Said once per worker about pictures whose transparency `rgb` throws away.

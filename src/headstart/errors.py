@@ -68,3 +68,9 @@ def unknown(kind: str, given: str, allowed: Iterable[str], *, hint: str = "") ->
     else:
         help_ = f"{len(names)} names are allowed."
     return f"Unknown {kind} '{given}'. {help_}{' ' + hint if hint else ''}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, without a full stop, or its type where it has no text."""
+    lines = str(error).strip().splitlines()
+    return (lines[0].strip().rstrip(".") if lines else type(error).__name__) + "."

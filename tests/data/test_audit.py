@@ -12,7 +12,7 @@ from PIL import Image
 from headstart.data.audit import Audit, audit
 from headstart.data.cache import Pictures
 from headstart.data.folder import scan
-from headstart.data.transforms import Preprocess
+from headstart.data.preprocess import Preprocess
 
 
 def smooth(path: Path, seed: int, size: int = 64) -> Path:

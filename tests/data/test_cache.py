@@ -22,7 +22,7 @@ from PIL import Image
 from headstart.data import cache as module
 from headstart.data.cache import Pictures, cache_dir, inspect
 from headstart.data.picture import open_picture
-from headstart.data.transforms import Preprocess
+from headstart.data.preprocess import Preprocess
 from headstart.errors import DataError, OutputError
 
 PREPROCESS = Preprocess(size=24)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from headstart.data.loader import Task, Train, draw, load
 from headstart.data.picture import Unreadable, open_picture
-from headstart.data.transforms import Preprocess
+from headstart.data.preprocess import Preprocess
 from headstart.errors import ConfigError, DataError
 from headstart.records import Run
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from headstart.data.transforms import Preprocess
+from headstart.data.preprocess import Preprocess
 from headstart.errors import MethodError
 from headstart.method import Method
 from headstart.methods.baseline.full import Full

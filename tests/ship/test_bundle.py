@@ -9,7 +9,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import nn
 
-from headstart.data.transforms import Preprocess
+from headstart.data.preprocess import Preprocess
 from headstart.errors import ModelError, OutputError
 from headstart.nets.zoo import Pretrained, load
 from headstart.parts.head import find_head, replace_head
@@ -98,7 +98,8 @@ def test_a_bundle_is_a_starting_point_again(tmp_path: Path) -> None:
 def test_what_lies_in_the_folder(tmp_path: Path) -> None:
     folder = write(tmp_path / "deep" / "er" / "model", tuned("test_resnet"))
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.json", "model.safetensors", "labels.json", "preprocess.json", "README.md"}
+    plain = {"config.json", "labels.json", "preprocess.json", "README.md", "SHA256SUMS"}
+    assert names == plain | {"model.safetensors"}
     assert [path.name for path in folder.parent.iterdir()] == ["model"], "nothing temporary is left"
     assert json.loads((folder / "labels.json").read_text()) == CLASSES
     assert Preprocess.from_dict(json.loads((folder / "preprocess.json").read_text())).size == 160
@@ -106,7 +107,11 @@ def test_what_lies_in_the_folder(tmp_path: Path) -> None:
     card = (folder / "README.md").read_text()
     header = yaml.safe_load(card.split("---")[1])
     assert header["license"] == "mit" and header["library_name"] == "timm"
-    assert "| test | 10 | 0.8000 | 0.4200 |" in card and "A paper (2018)" in card and "Käfer" in card
+    assert (
+        "| test | 10 | 0.8000 [0.490, 0.943] | 0.4200 |" in card
+        and "A paper (2018)" in card
+        and "Käfer" in card
+    )
     assert "30 train, 10 val, 10 test" in card
 
 
@@ -195,6 +200,9 @@ def test_tied_weights_and_other_layouts_are_stored(tmp_path: Path) -> None:
 def test_damaged_files(name: str, content: str, message: str, tmp_path: Path) -> None:
     folder = write(tmp_path / "model", tuned("test_resnet"))
     (folder / name).write_text(content)
+    with pytest.raises(ModelError, match=f"{name}' was altered: its SHA-256 is"):
+        bundle.read(folder)
+    (folder / "SHA256SUMS").unlink()  # as in folders that others wrote
     with pytest.raises(ModelError, match=message):
         bundle.read(folder)
 
@@ -206,6 +214,9 @@ def test_truncated_and_missing_weights(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cut off"):
         bundle.read(folder)
     weights.unlink()
+    with pytest.raises(ModelError, match=r"model\.safetensors is missing, which SHA256SUMS lists"):
+        bundle.read(folder)
+    (folder / "SHA256SUMS").unlink()
     with pytest.raises(ModelError, match=r"has no model\.safetensors"):
         bundle.read(folder)
 

@@ -11,10 +11,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 import headstart.ship
-from headstart.data.transforms import Preprocess
+from headstart.data.preprocess import Preprocess
 from headstart.errors import ModelError
 from headstart.ship import bundle
-from headstart.ship.predict import Predictor, find, load
+from headstart.ship.find import find
+from headstart.ship.predict import Predictor, load
 
 CLASSES = ["red", "green", "blue"]
 

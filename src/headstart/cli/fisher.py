@@ -16,7 +16,7 @@ from headstart.records import Run
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from headstart.data.transforms import Preprocess
+    from headstart.data.preprocess import Preprocess
 
 _NOT_HERE = ("source", "source_weights", "precision", "workers", "channels_last", "compile")
 _OF_THE_NET = ("model", "weights", "img_size")

@@ -33,7 +33,7 @@ import psutil
 
 from headstart.data.duplicates import look, near_pairs
 from headstart.data.picture import Unreadable, open_with_notes
-from headstart.data.transforms import Preprocess
+from headstart.data.preprocess import Preprocess
 from headstart.errors import DataError, OutputError
 
 FORMAT = 1

@@ -28,8 +28,9 @@ from torchvision.transforms import v2
 from headstart.data.cache import Pictures, Progress, Say, quiet
 from headstart.data.folder import SPLITS, Table, scan
 from headstart.data.picture import Unreadable
+from headstart.data.preprocess import Preprocess
 from headstart.data.splits import Split, fewer, split
-from headstart.data.transforms import KINDS, Preprocess, augment
+from headstart.data.transforms import KINDS, augment
 from headstart.errors import ConfigError, unknown
 from headstart.records import Run
 

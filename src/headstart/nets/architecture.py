@@ -15,7 +15,7 @@ import timm
 from timm.models import PretrainedCfg, get_pretrained_cfg, is_model
 from torch import nn
 
-from headstart.errors import ModelError, unknown
+from headstart.errors import ModelError, first_line, unknown
 
 # Where weights came from; a saved architecture is built without them.
 SOURCE_KEYS = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load")
@@ -119,9 +119,3 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, without a full stop, or its type where it has no text."""
-    lines = str(error).strip().splitlines()
-    return (lines[0].strip().rstrip(".") if lines else type(error).__name__) + "."

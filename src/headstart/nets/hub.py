@@ -24,9 +24,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors import SafetensorError
 
-from headstart.errors import ModelError, Unreachable
+from headstart.errors import ModelError, Unreachable, first_line
 from headstart.nets import architecture
-from headstart.nets.architecture import Architecture, first_line, quiet
+from headstart.nets.architecture import Architecture, quiet
 
 # Seconds to wait for a server's first answer.
 _PATIENCE = 10

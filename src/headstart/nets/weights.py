@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from timm.models import model_entrypoint
 from torch import Tensor, nn
 
-from headstart.errors import MethodError, ModelError
-from headstart.nets.architecture import Architecture, first_line
+from headstart.errors import MethodError, ModelError, first_line
+from headstart.nets.architecture import Architecture
 from headstart.parts.head import find_head
 
 State = dict[str, Tensor]

@@ -14,10 +14,10 @@ from timm.data.config import resolve_data_config
 from timm.models import get_pretrained_cfg, is_model, is_model_pretrained, split_model_name_tag
 from torch import nn
 
-from headstart.data.transforms import Preprocess
-from headstart.errors import MethodError, ModelError, Unreachable, nearest, unknown
+from headstart.data.preprocess import Preprocess
+from headstart.errors import MethodError, ModelError, Unreachable, first_line, nearest, unknown
 from headstart.nets import embedded, hub
-from headstart.nets.architecture import SOURCE_KEYS, Architecture, described, first_line, quiet
+from headstart.nets.architecture import SOURCE_KEYS, Architecture, described, quiet
 from headstart.nets.weights import Report, State, fit, read
 from headstart.parts.head import find_head
 

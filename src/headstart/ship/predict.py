@@ -1,23 +1,33 @@
-"""Predictions from a model folder: the same preprocessing as at evaluation, and none of the training code."""
+"""Predictions from a model folder: the same preprocessing as at evaluation, and none of the training code.
+
+With onnxruntime torch is not needed either: nothing here imports it before it is asked for.
+"""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Container, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+import numpy as np
+from PIL import Image
 
 from headstart.data.picture import EXTENSIONS, Unreadable, open_picture
-from headstart.errors import ModelError
-from headstart.ship import bundle
-from headstart.ship.bundle import Bundle
+from headstart.data.preprocess import Preprocess
+from headstart.errors import ConfigError, ModelError, unknown
+from headstart.ship import contents
+from headstart.ship import folder as files
+from headstart.ship.calibration import Calibration
+from headstart.ship.engines import ENGINES, Engine, Onnx, Torch, has_onnxruntime
+from headstart.ship.find import find
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,7 @@ class Prediction:
     probability: float | None  # of that class, 0 to 1
     probabilities: dict[str, float] = field(default_factory=dict)  # all classes, most probable first
     error: str | None = None  # why there is no prediction
+    unsure: bool = False  # whether a human should look: the probability is below the model's threshold
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -36,27 +47,57 @@ class Prediction:
             "path": self.path,
             "label": self.label,
             "probability": self.probability,
+            "unsure": self.unsure,
             "probabilities": self.probabilities,
             "error": self.error,
         }
 
 
 class Predictor:
-    """A network that is ready to look at pictures.
+    """A network that is ready to look at pictures. Its methods may be called from several threads.
 
     Attributes:
-        net: the network, in eval mode.
         classes: class names, in the order of the outputs.
         preprocess: what is done to a picture before the network sees it.
+        calibration: what makes probabilities of logits, and `unsure` of probabilities.
         card: what is known of how the network was made.
+        folder: the model folder it was read from; None where there is none.
     """
 
-    def __init__(self, model: Bundle, *, device: str = "auto") -> None:
-        self.device = _device(device)
-        self.net: nn.Module = model.net.to(self.device).eval()
-        self.classes = model.classes
-        self.preprocess = model.preprocess
-        self.card = model.card
+    def __init__(
+        self,
+        engine: Engine,
+        classes: Sequence[str],
+        preprocess: Preprocess,
+        *,
+        calibration: Calibration | None = None,
+        card: dict[str, Any] | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self._engine = engine
+        self.classes = list(classes)
+        self.preprocess = preprocess
+        self.calibration = calibration or Calibration()
+        self.card = card or {}
+        self.folder = folder
+
+    @property
+    def engine(self) -> str:
+        """What runs the network: "onnx" or "torch"."""
+        return self._engine.name
+
+    @property
+    def net(self) -> nn.Module:
+        """The network as a torch module, in eval mode.
+
+        Raises:
+            ModelError: it runs on onnxruntime.
+        """
+        if not isinstance(self._engine, Torch):
+            raise ModelError(
+                'This model runs on onnxruntime. For the torch module: load(..., engine="torch").'
+            )
+        return self._engine.net
 
     def predict(self, paths: str | Path | Iterable[str | Path], *, batch_size: int = 32) -> list[Prediction]:
         """Look at pictures, in the order given; folders are walked, their pictures sorted by name.
@@ -70,138 +111,157 @@ class Predictor:
         return list(self.stream(paths, batch_size=batch_size))
 
     def stream(
-        self, paths: str | Path | Iterable[str | Path], *, batch_size: int = 32
+        self,
+        paths: str | Path | Iterable[str | Path],
+        *,
+        batch_size: int = 32,
+        skip: Container[str] = frozenset(),
     ) -> Iterator[Prediction]:
-        """As `predict`, one prediction after the other as they are made."""
+        """As `predict`, one prediction after the other as they are made.
+
+        Args:
+            paths: one path or many, of pictures and folders; read as the work goes on.
+            batch_size: pictures per forward pass.
+            skip: paths of pictures that are left out, as they stand in `Prediction.path`.
+        """
         if batch_size < 1:
             raise ModelError(f"batch_size is 1 or more; {batch_size} was given.")
         given = [paths] if isinstance(paths, str | Path) else paths
-        every = (found for path in given for found in _pictures(Path(path)))
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        found = (each for path in given for each in _pictures(Path(path)))
+        every = (each for each in found if not isinstance(each, Path) or str(each) not in skip)
+        waiting: deque[tuple[list[Path | Prediction], list[Future[np.ndarray | Prediction]]]] = deque()
+        threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+        try:
             while batch := list(islice(every, batch_size)):
-                yield from self._batch(batch, threads)
+                # The next batch is decoded while the network looks at this one.
+                waiting.append((batch, [threads.submit(self._open, each) for each in batch]))
+                if len(waiting) > 1:
+                    yield from self._rows(*waiting.popleft())
+            while waiting:
+                yield from self._rows(*waiting.popleft())
+        finally:
+            threads.shutdown(cancel_futures=True)
 
-    def _batch(self, batch: Sequence[Path | Prediction], threads: ThreadPoolExecutor) -> list[Prediction]:
-        rows = list(threads.map(self._open, batch))
-        pixels = [row for row in rows if isinstance(row, Tensor)]
-        said = iter(self._probabilities(torch.stack(pixels)).tolist() if pixels else [])
-        return [
-            row if isinstance(row, Prediction) else self._row(path, next(said))
-            for path, row in zip(batch, rows, strict=True)
-        ]
+    def look(self, images: Sequence[Image.Image]) -> list[Prediction]:
+        """Look at pictures that are in memory, in one forward pass; their `path` is empty.
 
-    def _open(self, path: Path | Prediction) -> Tensor | Prediction:
-        """uint8 [3, S, S], or the row of a file that is no picture."""
+        Args:
+            images: of any size, of mode RGB, as `headstart.data.picture.open_picture` gives them.
+        """
+        return self.judge(np.stack([self.prepare(image) for image in images])) if images else []
+
+    def prepare(self, image: Image.Image) -> np.ndarray:
+        """A picture of any size, mode RGB, as the network takes it: uint8 [S, S, 3]."""
+        return self.preprocess.plain(image)
+
+    def judge(self, pixels: np.ndarray, names: Sequence[str] | None = None) -> list[Prediction]:
+        """Look at pictures that were prepared.
+
+        Args:
+            pixels: uint8 [B, S, S, 3], of `prepare`.
+            names: for `Prediction.path`.
+        """
+        said = self.calibration.probabilities(self._engine(pixels))
+        return [self._row(name, row) for name, row in zip(names or [""] * len(said), said, strict=True)]
+
+    def logits(self, pixels: np.ndarray) -> np.ndarray:
+        """What the network itself says of prepared pictures: uint8 [B, S, S, 3] -> float32 [B, K]."""
+        return self._engine(pixels)
+
+    def _rows(
+        self, batch: Sequence[Path | Prediction], opened: Sequence[Future[np.ndarray | Prediction]]
+    ) -> list[Prediction]:
+        rows = [each.result() for each in opened]
+        names = [str(path) for path, row in zip(batch, rows, strict=True) if not isinstance(row, Prediction)]
+        pixels = [row for row in rows if not isinstance(row, Prediction)]
+        said = iter(self.judge(np.stack(pixels), names) if pixels else [])
+        return [row if isinstance(row, Prediction) else next(said) for row in rows]
+
+    def _open(self, path: Path | Prediction) -> np.ndarray | Prediction:
+        """uint8 [S, S, 3], or the row of a file that is no picture."""
         if isinstance(path, Prediction):
             return path
         try:
-            picture = self.preprocess.plain(open_picture(path))
+            return self.prepare(open_picture(path))
         except Unreadable as error:
             return _nothing(path, error.reason)
-        return torch.from_numpy(picture).permute(2, 0, 1).contiguous()
 
-    def _probabilities(self, pixels: Tensor) -> Tensor:
-        """uint8 [B, 3, S, S] -> float32 [B, K] on the CPU."""
-        with torch.inference_mode():
-            logits: Tensor = self.net(self.preprocess.normalise(pixels.to(self.device)))
-            return logits.float().softmax(dim=1).cpu()
-
-    def _row(self, path: Path | Prediction, said: list[float]) -> Prediction:
-        assert isinstance(path, Path)
-        order = sorted(range(len(said)), key=lambda index: -said[index])
-        probabilities = {self.classes[index]: said[index] for index in order}
+    def _row(self, path: str, said: np.ndarray) -> Prediction:
+        order = np.argsort(-said, kind="stable")
+        best = float(said[order[0]])
+        probabilities = {self.classes[index]: float(said[index]) for index in order}
         label = self.classes[order[0]]
-        return Prediction(str(path), label, probabilities[label], probabilities)
+        return Prediction(path, label, best, probabilities, unsure=self.calibration.unsure(best))
 
 
-def load(path: str | Path, *, net: nn.Module | None = None, device: str = "auto") -> Predictor:
+def load(
+    path: str | Path,
+    *,
+    net: nn.Module | None = None,
+    device: str = "auto",
+    engine: str = "auto",
+    threads: int | None = None,
+) -> Predictor:
     """Load what was trained: the folder of a run, of a comparison (its chosen run), or of a model.
 
     Args:
         path: the folder.
-        net: the network to fill, where timm cannot build it by name.
+        net: the network to fill, where it cannot be built from the folder.
         device: "auto" (CUDA where it works, else the CPU), "cpu", "cuda", "cuda:0", "mps".
+        engine: "onnx" (onnxruntime, on the CPU, without torch), "torch", or "auto": onnx where the folder has
+            an ONNX file, onnxruntime is installed and neither a network nor another device is asked for.
+        threads: of onnxruntime; None: as many as this process has cores.
 
     Raises:
-        ModelError: no such folder, nothing to predict with in it, or a damaged model.
+        ModelError: no such folder, nothing to predict with in it, or a model that was altered or is damaged.
+        ConfigError: an engine that does not exist.
     """
-    return Predictor(bundle.read(find(Path(path).expanduser()), net), device=device)
+    if engine not in ENGINES:
+        raise ConfigError(unknown("engine", engine, ENGINES))
+    folder = find(Path(path).expanduser())
+    if engine == "auto":
+        plain = net is None and device in ("auto", "cpu")
+        engine = "onnx" if plain and (folder / files.ONNX).is_file() and has_onnxruntime() else "torch"
+    return _by_torch(folder, net, device) if engine == "torch" else _by_onnx(folder, threads)
 
 
-def find(folder: Path) -> Path:
-    """The model folder inside the folder of a run or a comparison, or the folder itself.
+def _by_torch(folder: Path, net: nn.Module | None, device: str) -> Predictor:
+    from headstart.ship import bundle
 
-    Raises:
-        ModelError: with what the folder is and what is missing.
-    """
-    if not folder.exists():
-        raise ModelError(f"There is no folder '{folder}'.")
-    if not folder.is_dir():
-        if folder.name == bundle.WEIGHTS:
-            return find(folder.parent)
-        raise ModelError(f"'{folder}' is a file; give the folder of a run, a comparison or a model.")
-    if (folder / "verdict.json").is_file():
-        return _of_run(_chosen(folder))
-    if (folder / "result.json").is_file() or (folder / "model").is_dir():
-        return _of_run(folder)
-    if (folder / bundle.CONFIG).is_file():
-        return folder
-    if (folder / "runs").is_dir():
-        raise ModelError(
-            f"'{folder}' is a comparison that is not finished: it has no verdict.json. Run the same command "
-            "again to go on, or give one of the folders under runs/."
-        )
-    if (folder / "last.pt").is_file() or (folder / "run.json").is_file():
-        raise ModelError(f"The run in '{folder}' is not finished. Go on with it (--resume), then predict.")
-    raise ModelError(
-        f"'{folder}' holds no model: neither a run (result.json), nor a comparison (verdict.json), "
-        f"nor a model folder ({bundle.CONFIG})."
+    model = bundle.read(folder, net)
+    return Predictor(
+        Torch(model.net, model.preprocess, device),
+        model.classes,
+        model.preprocess,
+        calibration=model.calibration,
+        card=model.card,
+        folder=folder,
     )
 
 
-def _of_run(folder: Path) -> Path:
-    if (folder / "result.json").is_file():
-        result = _object(folder / "result.json")
-        status = result.get("status", "finished")
-        if status != "finished":
-            reason = f" {result['reason']}" if result.get("reason") else ""
-            raise ModelError(
-                f"The run in '{folder}' has no model to predict with: it {_was(status)}.{reason}"
-            )
-    model = folder / "model"
-    if not (model / bundle.CONFIG).is_file():
-        raise ModelError(f"The run in '{folder}' has no model: '{model}' is missing or incomplete.")
-    return model
-
-
-def _chosen(folder: Path) -> Path:
-    """The run that a comparison's verdict takes."""
-    verdict = _object(folder / "verdict.json")
-    take = verdict.get("take")
-    name = take.get("run") if isinstance(take, dict) else None
-    if not isinstance(name, str) or not name:
+def _by_onnx(folder: Path, threads: int | None) -> Predictor:
+    found = contents.read(folder)
+    if not (folder / files.ONNX).is_file() and not files.listed(folder, files.ONNX):
         raise ModelError(
-            f"'{folder / 'verdict.json'}' takes no run (its take.run is {name!r}). "
-            "Give one of the folders under runs/."
+            f"'{folder}' has no {files.ONNX}. "
+            f"Make one: headstart export {folder} --out NEW_FOLDER --format onnx"
         )
-    run = folder / "runs" / name
-    if Path(name).name != name or not run.is_dir():
-        raise ModelError(f"'{folder / 'verdict.json'}' takes the run '{name}', which is not under runs/.")
-    return run
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"'{path}' cannot be read ({error}).") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"'{path}' is damaged: an object is expected.")
-    return value
-
-
-def _was(status: Any) -> str:
-    return "was interrupted; go on with --resume" if status == "interrupted" else f"has {status}"
+    files.check(folder, (files.ONNX,))
+    for name, what in ((files.LABELS, found.classes), (files.PREPROCESS, found.preprocess)):
+        if what is None:
+            raise ModelError(f"'{folder}' has no {name}, so its ONNX file cannot be used on its own.")
+    assert found.classes is not None and found.preprocess is not None
+    engine = Onnx(folder / files.ONNX, found.preprocess, threads)
+    if engine.outputs is not None:
+        contents.count(folder, found.classes, engine.outputs)
+    return Predictor(
+        engine,
+        found.classes,
+        found.preprocess,
+        calibration=found.calibration,
+        card=found.card,
+        folder=folder,
+    )
 
 
 def _pictures(path: Path) -> Iterator[Path | Prediction]:
@@ -212,14 +272,14 @@ def _pictures(path: Path) -> Iterator[Path | Prediction]:
     failed: list[OSError] = []
     found = False
     seen: set[str] = set()  # linked folders are walked as in training, but none twice
-    for here, folders, files in os.walk(path, onerror=failed.append, followlinks=True):
+    for here, folders, names in os.walk(path, onerror=failed.append, followlinks=True):
         real = os.path.realpath(here)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
+        for name in sorted(names):
             if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS:
                 found = True
                 yield Path(here) / name
@@ -231,14 +291,3 @@ def _pictures(path: Path) -> Iterator[Path | Prediction]:
 
 def _nothing(path: Path, reason: str) -> Prediction:
     return Prediction(str(path), None, None, {}, reason)
-
-
-def _device(asked: str) -> torch.device:
-    if asked == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(asked)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"The device '{asked}' cannot be used here. Give auto or cpu.") from error
-    return device

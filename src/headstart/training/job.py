@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import platform
+import shlex
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,6 +31,7 @@ from headstart.parts.statistics import has_batchnorm
 from headstart.parts.viewed import Viewed
 from headstart.records import Fingerprints, Parameters, Recipe, Result, Run
 from headstart.ship import bundle
+from headstart.ship.calibration import Calibration, calibrate
 from headstart.ship.predict import Prediction, Predictor
 from headstart.ship.predict import load as load_model
 from headstart.training.events import Reporter
@@ -330,6 +332,7 @@ def _execute(prepared: Prepared, folder: Path, machine: Machine, reporter: Repor
                 preprocess=prepared.pretrained.preprocess,
                 classes=task.classes,
                 card=_card(result, prepared),
+                calibration=_calibration(arrays),
             )
         # A resumed run is no cheaper than one that was left in peace: a verdict weighs these.
         seconds = time.perf_counter() - started + fitted.before
@@ -449,15 +452,57 @@ def _learning(method: Method, epochs: int) -> int:
     return sum(every.values())
 
 
+def _command(run: Run) -> str:
+    """The command line that asks for this run, without where things lie on this machine."""
+    hidden = {*Run.MACHINE, "data", "hyper"}
+    words = ["headstart", "train", Path(run.data).name]
+    for name, field in Run.model_fields.items():
+        value = getattr(run, name)
+        if name in hidden or (value == field.default and name != "method"):
+            continue
+        if name in ("weights", "source_weights", "model", "source", "class_weights"):
+            value = _without_place(value)
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            words += [flag, *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    words += [word for name, value in run.hyper.items() for word in ("--set", f"{name}={value}")]
+    return shlex.join(words)
+
+
+def _without_place(name: str) -> str:
+    """A model by its name, a file or folder by its last one: where it lies is nobody's business."""
+    return Path(name).name if Path(name).expanduser().exists() else name
+
+
+def _calibration(arrays: dict[str, np.ndarray]) -> Calibration | None:
+    """Fitted on val, looked at on test; None where there is no val."""
+    scored = {
+        split: (arrays[f"{split}_probabilities"], arrays[f"{split}_labels"])
+        for split in ("val", "test")
+        if f"{split}_labels" in arrays
+    }
+    return calibrate(*scored["val"], test=scored.get("test")) if "val" in scored else None
+
+
 def _card(result: Result, prepared: Prepared) -> dict[str, Any]:
+    run, counts = result.run, prepared.task.counts
     return {
         "method": result.method,
         "paper": prepared.cls.paper,
-        "model": result.model,
-        "learnt_from": None if prepared.source is None else prepared.source.name,
-        "origin": prepared.pretrained.origin,
+        "model": _without_place(result.model),
+        "hub_id": prepared.pretrained.config.pretrained_cfg.get("hf_hub_id"),
+        "learnt_from": None if prepared.source is None else _without_place(prepared.source.name),
+        "origin": _without_place(prepared.pretrained.origin),
         "licence": prepared.pretrained.licence,
-        "counts": {side: sum(each.values()) for side, each in prepared.task.counts.items()},
+        "data": Path(run.data).name,
+        "counts": {side: sum(each.values()) for side, each in counts.items()},
+        "per_class": counts.get("train", {}),
+        "split": f"by the column {run.split_col}"
+        if run.split_col
+        else "{:.0%} train, {:.0%} val, {:.0%} test, drawn by class".format(*run.split),
+        "command": _command(run),
         "split_seed": result.split_seed,
         "seed": result.seed,
         "epochs": result.epochs,

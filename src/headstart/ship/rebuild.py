@@ -1,0 +1,70 @@
+"""Networks that timm cannot build by name, described as plain data in config.json and built again from it.
+
+One in which each picture takes its own way, by block (`parts.routed`) or by filter (`parts.gated`), carries
+what builds it again in its `meta["routed"]`; config.json holds that under "routed", with the architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from headstart.errors import MethodError, ModelError, first_line
+from headstart.nets.architecture import Architecture
+from headstart.parts import gated
+from headstart.parts import routed as by_block
+from headstart.ship.folder import CONFIG
+
+
+def describe(config: Architecture | None, net: nn.Module, classes: int) -> dict[str, Any]:
+    """What config.json has to say, by kind, so that `build` makes exactly this network; else nothing.
+
+    Args:
+        config: the architecture it was made of.
+        net: the network.
+        classes: its outputs.
+    """
+    about = net.meta.get("routed") if isinstance(net, fx.GraphModule) else None
+    if config is None or about is None:
+        return {}
+    wanted = config.with_classes(classes)
+    with torch.random.fork_rng(devices=[]):
+        same = shapes(_rebuilt(wanted.build(), about)) == shapes(net)
+    return {"routed": {"net": asdict(wanted), **about}} if same else {}
+
+
+def build(folder: Path, own: Mapping[str, Any]) -> nn.Module | None:
+    """The network that `describe` described, with random weights; None where nothing is described.
+
+    Args:
+        folder: the model folder, for errors.
+        own: what config.json holds under "headstart".
+
+    Raises:
+        ModelError: a description of no network.
+    """
+    if "routed" not in own:
+        return None
+    routed = own["routed"]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return _rebuilt(Architecture(**routed["net"]).build(), routed)
+    except (TypeError, KeyError, ValueError, AttributeError, MethodError) as error:
+        raise ModelError(
+            f"'{folder / CONFIG}' is damaged: it describes no network with routes. ({first_line(error)})"
+        ) from error
+
+
+def shapes(net: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a network, by name."""
+    return {name: tuple(value.shape) for name, value in net.state_dict().items()}
+
+
+def _rebuilt(net: nn.Module, about: Mapping[str, Any]) -> nn.Module:
+    """A network in which each picture takes its own way: by filter, or by block."""
+    return gated.rebuilt(net, about) if "sites" in about else by_block.rebuilt(net, about)
