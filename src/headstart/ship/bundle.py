@@ -98,7 +98,7 @@ def save(
         files.write_json(fresh / PREPROCESS, preprocess.to_dict())
         if calibration is not None:
             files.write_json(fresh / CALIBRATION, calibration.to_dict())
-        (fresh / CARD).write_text(write_card(document, calibration=calibration), encoding="utf-8")
+        files.write_text(fresh / CARD, write_card(document, calibration=calibration))
 
 
 def read(folder: str | Path, net: nn.Module | None = None) -> Bundle:

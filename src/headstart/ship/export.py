@@ -100,7 +100,7 @@ def export(
             intervals=intervals(finished.scored) if finished is not None else None,
             files=sorted(path.name for path in fresh.iterdir()),
         )
-        (fresh / files.CARD).write_text(text, encoding="utf-8")
+        files.write_text(fresh / files.CARD, text)
     return Exported(Path(out), calibration, found, refused)
 
 

@@ -65,7 +65,13 @@ def whole(folder: str | Path) -> Iterator[Path]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write plain data."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    # Names that are no UTF-8 hold lone surrogates; with a backslash these are JSON's own escapes.
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text, with backslashes in what is no UTF-8."""
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_json(path: Path) -> Any:

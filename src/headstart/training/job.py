@@ -455,7 +455,7 @@ def _learning(method: Method, epochs: int) -> int:
 def _command(run: Run) -> str:
     """The command line that asks for this run, without where things lie on this machine."""
     hidden = {*Run.MACHINE, "data", "hyper"}
-    words = ["headstart", "train", Path(run.data).name]
+    words = ["headstart", "train", _shown(Path(run.data).name)]
     for name, field in Run.model_fields.items():
         value = getattr(run, name)
         if name in hidden or (value == field.default and name != "method"):
@@ -473,7 +473,12 @@ def _command(run: Run) -> str:
 
 def _without_place(name: str) -> str:
     """A model by its name, a file or folder by its last one: where it lies is nobody's business."""
-    return Path(name).name if Path(name).expanduser().exists() else name
+    return _shown(Path(name).name) if Path(name).expanduser().exists() else name
+
+
+def _shown(name: str) -> str:
+    """A file's name where only text can stand: what is no UTF-8 has backslashes."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _calibration(arrays: dict[str, np.ndarray]) -> Calibration | None:
@@ -496,7 +501,7 @@ def _card(result: Result, prepared: Prepared) -> dict[str, Any]:
         "learnt_from": None if prepared.source is None else _without_place(prepared.source.name),
         "origin": _without_place(prepared.pretrained.origin),
         "licence": prepared.pretrained.licence,
-        "data": Path(run.data).name,
+        "data": _shown(Path(run.data).name),
         "counts": {side: sum(each.values()) for side, each in counts.items()},
         "per_class": counts.get("train", {}),
         "split": f"by the column {run.split_col}"
