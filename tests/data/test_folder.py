@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,23 @@ def test_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert f"No permission to read the folder {root / 'b'}" in refused(root)
 
 
+def test_a_folder_that_the_system_keeps_shut() -> None:
+    """The real thing, also where the tests run as root, whom no mode stops."""
+    # Not below tmp_path, into which only its owner may look.
+    with tempfile.TemporaryDirectory() as folder:
+        root = make(Path(folder), "a/1.png", "b/2.png")
+        root.chmod(0o755)
+        (root / "b").chmod(0)
+        mine = os.geteuid()
+        try:
+            if mine == 0:
+                os.seteuid(65534)
+            assert f"No permission to read the folder {root / 'b'}" in refused(root)
+        finally:
+            os.seteuid(mine)
+            (root / "b").chmod(0o755)
+
+
 def write(path: Path, text: str) -> Path:
     path.write_text(text, encoding="utf-8")
     return path
@@ -167,6 +185,40 @@ def test_csv(tmp_path: Path) -> None:
     assert len(set(table.groups)) == 3  # empty groups stand for themselves
 
 
+def test_a_split_that_nobody_asked_for_is_pointed_at(tmp_path: Path) -> None:
+    make(tmp_path, "1.png", "2.png", "3.png", "4.png")
+    rows = "1.png,a,train\n2.png,b,train\n3.png,a,test\n4.png,b,test\n"
+    (note,) = scan(write(tmp_path / "t.csv", f"image,label,Split\n{rows}")).notes
+    assert note == (
+        "The column 'Split' of t.csv says train, val or test and is not used: --split-col Split keeps that split."
+    )
+    assert scan(tmp_path / "t.csv", split_col="Split").notes == []
+    assert scan(write(tmp_path / "u.csv", f"image,label,weather\n{rows}")).notes == []  # hardly meant
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "image,label\n1.png,a\n2.png,b\n",
+        "image;label\r\n1.png;a\r\n2.png;b\r\n",
+        "image|label\n1.png|a\n2.png|b\n",
+        "image\tlabel\n1.png\ta\n2.png\tb\n",
+        '\n \n"image", label\n"1.png", a\n\n"2.png", b\n',
+    ],
+)
+def test_csv_as_programs_write_it(tmp_path: Path, text: str) -> None:
+    make(tmp_path, "1.png", "2.png")
+    (tmp_path / "t.csv").write_bytes(text.encode())
+    table = scan(tmp_path / "t.csv")
+    assert [path.name for path in table.paths] == ["1.png", "2.png"] and table.classes == ["a", "b"]
+
+
+def test_a_name_in_a_csv_may_hold_rare_line_ends(tmp_path: Path) -> None:
+    make(tmp_path, "1\u2028x.png", "2.png")
+    table = scan(write(tmp_path / "t.csv", "image,label\n1\u2028x.png,a\n2.png,b\n"))
+    assert table.paths[0].name == "1\u2028x.png"
+
+
 def test_bad_csv(tmp_path: Path) -> None:
     make(tmp_path, "1.png", "2.png")
     good = "image,label\n1.png,a\n2.png,b\n"
@@ -174,7 +226,8 @@ def test_bad_csv(tmp_path: Path) -> None:
     assert "Did you mean 'label'?" in refused(path, label_col="lable")
     assert "--image-col" in refused(write(tmp_path / "t.csv", "x,label\n1.png,a\n"))
     said = refused(write(tmp_path / "t.csv", good + "3.png,a\n4.png,a\n"))
-    assert "2 of 4 files" in said and "3.png, 4.png" in said
+    assert "2 of 4 files" in said and "3.png, 4.png" in said and f"relative to {tmp_path}." in said
+    assert "no label in the column 'label': line 4." in refused(write(tmp_path / "t.csv", good + "1.png,\n"))
     said = refused(write(tmp_path / "t.csv", good + "2.png,\n1.png\n"))
     assert "2 of 4 rows" in said and "lines 4, 5" in said and "no label" in said
     assert "twice, on lines 2 and 4" in refused(write(tmp_path / "t.csv", good + "1.png,b\n"))

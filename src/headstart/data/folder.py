@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,7 @@ SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
 _IMAGE_NAMES = ("image", "path", "file", "file_name", "filename", "image_path", "img", "filepath", "picture")
 _LABEL_NAMES = ("label", "class", "category", "target", "labels", "class_name", "species", "y")
+_SPLIT_COLUMNS = ("split", "set", "subset", "side", "partition", "fold")
 _JUNK = {"__macosx", "thumbs.db", "desktop.ini", "@eadir"}
 
 
@@ -272,8 +274,8 @@ def _csv(
         if empty:
             raise DataError(
                 f"{len(empty)} of {len(records)} rows of {path} have no {what} in the column "
-                f"'{header[column]}': lines {_some([str(line) for line in empty])}. "
-                "Fill them in or remove these rows."
+                f"'{header[column]}': {'line' if len(empty) == 1 else 'lines'} "
+                f"{_some([str(line) for line in empty])}. Fill them in or remove these rows."
             )
     files = [root / record[image].strip() for _, record in records]
     gone = [file for file in dict.fromkeys(files) if not file.is_file()]
@@ -283,7 +285,7 @@ def _csv(
         )
         raise DataError(
             f"{len(gone)} of {len(set(files))} files named in {path} do not exist: {shown}. "
-            f"Paths are relative to {root}. Correct the column '{header[image]}' or remove these rows."
+            f"Paths are relative to {root.absolute()}. Correct the column '{header[image]}' or remove these rows."
         )
 
     rows: list[tuple[Path, str, str | None]] = []
@@ -307,6 +309,11 @@ def _csv(
         groups.append("" if group is None else record[group].strip())
     if repeated:
         notes.append(f"{repeated} rows of {path.name} repeat a picture and are left out.")
+    if split is None and (unused := _unused_split(header, records)) is not None:
+        notes.append(
+            f"The column '{unused}' of {path.name} says train, val or test and is not used: "
+            f"--split-col {unused} keeps that split."
+        )
     if group is not None:
         # A row without a group stands for itself.
         groups = [text or f"\0{index}" for index, text in enumerate(groups)]
@@ -314,20 +321,21 @@ def _csv(
 
 
 def _read(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Header and rows with their line numbers; the delimiter is the commonest of , ; tab in the header."""
+    """Header and rows with their line numbers; the delimiter is the commonest of , ; | tab in the header."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except PermissionError:
         raise DataError(f"No permission to read {path}.") from None
     except UnicodeDecodeError:
         raise DataError(f"{path} is not UTF-8 text. Save it as CSV in UTF-8.") from None
-    first = text.split("\n", 1)[0]
-    if not first.strip():
+    first = next((line for line in text.split("\n") if line.strip()), None)
+    if first is None:
         raise DataError(f"{path} is empty. Expected a header such as image,label and one row per picture.")
-    delimiter = max(",;\t", key=first.count)
+    delimiter = max(",;|\t", key=first.count)
     try:
-        reader = csv.reader(text.splitlines(keepends=True), delimiter=delimiter)
-        header = [name.strip() for name in next(reader)]
+        # Not splitlines, which would also cut a name at the rarer line ends of Unicode.
+        reader = csv.reader(io.StringIO(text), delimiter=delimiter)
+        header = [name.strip() for name in next(row for row in reader if any(cell.strip() for cell in row))]
         records = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except csv.Error as error:
         raise DataError(f"{path} is not a CSV file that can be read: {error}.") from None
@@ -353,6 +361,15 @@ def _column(
             f"{path} has no column that is known to hold the {what}. Say which with {flag}. "
             f"Columns: {', '.join(header)}."
         )
+    return None
+
+
+def _unused_split(header: list[str], records: list[tuple[int, list[str]]]) -> str | None:
+    """A column that holds a whole split, though nobody named it."""
+    for column, name in enumerate(header):
+        said = {_SPLIT_NAMES.get(record[column].strip().lower()) for _, record in records}
+        if name.lower() in _SPLIT_COLUMNS and None not in said and len(said) > 1:
+            return name
     return None
 
 
