@@ -67,6 +67,8 @@ class Recipe(Record):
 class Run(Record):
     """One training run, as it was asked for."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     # what to learn from
     data: str = Field(description="a folder of class folders, or a CSV file")
     image_col: str | None = Field(None, description="CSV: the column that holds the picture's path")

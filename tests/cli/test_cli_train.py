@@ -191,6 +191,7 @@ def test_a_table_that_names_no_file_or_no_label(
         (("--preset", "paper"), "has no presets"),
         (("--epochs", 0), "epochs: input should be greater than or equal to 1. Got 0."),
         (("--split", 0.5, 0.5, 0.5), "three shares"),
+        (("--lr", "inf"), "lr: input should be a finite number. Got inf."),
         (("--schedule", "cosin"), "'cosine'"),
         (("--weights", "nowhere.safetensors"), "nowhere.safetensors"),
         (("--device", "tpu9"), "tpu9"),

@@ -203,6 +203,40 @@ def test_sigterm_is_an_interrupt(typed: Typed, monkeypatch: pytest.MonkeyPatch) 
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_pressing_again_and_again_is_quiet() -> None:
+    """Ctrl-C five times, the later ones while Python shuts down: one line and no traceback."""
+    script = (
+        "import atexit, os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "press = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
+        "from headstart.cli import doctor, entry, main\n"
+        "entry._command = lambda name: press()\n"
+        "atexit.register(lambda: [press() for _ in range(4)])\n"
+        "sys.argv = ['headstart', 'compare', 'a']\n"
+        "sys.exit(main())\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (
+        130,
+        "headstart: interrupted. Go on with: headstart compare a\n",
+    )
+
+
+def test_ctrl_c_before_all_is_loaded() -> None:
+    script = (
+        "import sys\n"
+        "class Press:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'typer':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Press())\n"
+        "from headstart.cli import main\n"
+        "sys.exit(main())\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (130, "")
+
+
 def test_a_closed_pipe_is_quiet() -> None:
     for words in (["--help"], ["--version"]):
         with subprocess.Popen(

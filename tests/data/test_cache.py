@@ -144,6 +144,12 @@ def test_broken_pictures_are_skipped_and_named(
     assert inspect(files[0].parent, files, cache=tmp_path / "c") == first.facts
 
 
+def test_a_pipe_is_not_waited_for(files: list[Path], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    facts = inspect(tmp_path, [*files, tmp_path / "pipe.png"], cache=tmp_path / "cache")
+    assert facts.errors == {len(files): "is no file but a pipe, a socket or a device"}
+
+
 def test_all_broken(files: list[Path], tmp_path: Path) -> None:
     for i, path in enumerate(files):
         path.write_text(f"text {i}")

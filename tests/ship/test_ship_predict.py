@@ -110,6 +110,11 @@ def test_folders_are_walked(predictor: Predictor, tmp_path: Path) -> None:
     assert predictor.predict([]) == []
 
 
+def test_a_pipe_in_a_folder_is_not_waited_for(predictor: Predictor, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    assert [row.error for row in predictor.predict(tmp_path)] == ["is no file but a pipe or a socket"]
+
+
 def test_a_folder_without_permission_is_a_row(
     predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -90,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()  # a closed pipe is noticed here, not when Python ends
             return code
         except KeyboardInterrupt:
+            if argv is None:  # all is saved: pressing again gets no traceback out of Python's exit
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
             return outcome.interrupted(_again(given))
         except BrokenPipeError:
             return outcome.pipe_closed()

@@ -17,7 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-GOOD, MISTAKE, SOME_FAILED, INTERRUPTED = 0, 1, 2, 130
+from headstart.cli import INTERRUPTED
+
+GOOD, MISTAKE, SOME_FAILED = 0, 1, 2
 
 # The machine says no: a disk, a right, a name. Nothing that a traceback would explain better.
 _NOT_OURS = {

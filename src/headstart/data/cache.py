@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import numpy as np
@@ -194,6 +195,8 @@ def _hash(root: Path, paths: Sequence[Path], cache: Path) -> Facts:
     def one(path: Path) -> tuple[list[Any] | None, str | None]:
         try:
             stat = path.stat()
+            if not S_ISREG(stat.st_mode):  # a pipe would be waited for until somebody writes into it
+                return None, "is no file but a pipe, a socket or a device"
             stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
             entry = known.get(str(path.absolute()))
             if entry is not None and entry[:3] == stamp:

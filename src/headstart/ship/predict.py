@@ -282,7 +282,9 @@ def _pictures(path: Path) -> Iterator[Path | Prediction]:
         for name in sorted(names):
             if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS:
                 found = True
-                yield Path(here) / name
+                path = Path(here) / name
+                waits = path.is_fifo() or path.is_socket()  # nobody may ever write into them
+                yield _nothing(path, "is no file but a pipe or a socket") if waits else path
     for error in failed:
         yield _nothing(Path(error.filename or path), f"the folder cannot be read: {error.strerror}")
     if not found and not failed:
