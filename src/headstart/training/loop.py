@@ -111,6 +111,7 @@ def fit(
         if checkpoint is not None and machine.main:  # it may have been killed between the two files
             _write_metrics(checkpoint.path.with_name("metrics.jsonl"), fitted.history)
     _seed_entering(seed, train, fitted)
+    trained_phases = sum(phase.epochs > 0 for phase in method.plan(epochs))
     clock = time.perf_counter()
 
     for phase in method.phases(epochs, batches, val, plain):
@@ -194,15 +195,16 @@ def fit(
         clock = time.perf_counter()
         if average is not None:
             average.swap()  # what is kept is the average
+        # Before anything is measured on it; and not after a method itself went back to an earlier network.
+        if keep == "best" and best["weights"] is not None and len(fitted.phases) == trained_phases:
+            method.load_state_dict(best["weights"])
+            fitted.kept = f"best, epoch {best['epoch']}"
         machine.forget()
         _seed_entering(seed, train, fitted)
 
     if not fitted.phases:  # all was done on entering
         seconds = time.perf_counter() - clock
         fitted.phases.append(PhaseTime(name=method.plan(epochs)[0].name, epochs=0, seconds=seconds))
-    if keep == "best" and best["weights"] is not None:
-        method.load_state_dict(best["weights"])
-        fitted.kept = f"best, epoch {best['epoch']}"
     return fitted
 
 

@@ -14,17 +14,14 @@ grid of C is coarser (half decades instead of 45 values), and the head is not re
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import PositiveFloat
-from torch import Tensor, nn
+from torch import nn
 
-from headstart.errors import MethodError
 from headstart.method import Data, Method, Phase, Room
-from headstart.parts.features import features
-from headstart.parts.logistic import GRID, set_head, solve
+from headstart.parts import solved
 from headstart.parts.space import Between
 
 
@@ -36,23 +33,14 @@ def solve_head(method: Method, data: Data, C: float | None) -> None:
         data: features come from `data.plain`, C is chosen on `data.val` (cross-validation without one).
         C: inverse strength of the penalty; None: chosen.
     """
-    weight = method.head_module.get_parameter("weight")  # [K, D]
-    x, y = features(method.net, method.head, data.plain)  # [N, D], [N]
-    if x.shape[1] != weight[0].numel():
-        raise MethodError(
-            f"The head '{method.head}' takes {weight[0].numel()} features and is given {x.shape[1]} numbers "
-            "per picture, so it stands before the pooling and cannot be solved. Use a method that trains it."
-        )
-    val = None if C is not None or _empty(data.val) else features(method.net, method.head, data.val)
-    solution = solve(
-        x,
-        y,
-        weight.shape[0],
-        val=val,
-        grid=GRID if C is None else (C,),
+    solution = solved.solve_head(
+        method.net,
+        method.head,
+        data.plain,
+        data.val,
+        C=C,
         class_weight=method.criterion.weight if isinstance(method.criterion, nn.CrossEntropyLoss) else None,
     )
-    set_head(method.head_module, solution)
     method.memory["probe_C"] = torch.tensor(solution.C)
 
 
@@ -61,10 +49,6 @@ def chosen(method: Method) -> dict[str, float]:
     if "probe_C" not in method.memory:
         return {}
     return {"C": float(f"{float(method.memory['probe_C']):.6g}")}  # as it stands in the grid, not in float32
-
-
-def _empty(batches: Iterable[tuple[Tensor, Tensor]]) -> bool:
-    return next(iter(batches), None) is None
 
 
 class Probe(Method):

@@ -1,0 +1,1 @@
+"""Reshape: change the structure of the network while fine-tuning it."""
