@@ -190,7 +190,8 @@ def test_a_split_that_nobody_asked_for_is_pointed_at(tmp_path: Path) -> None:
     rows = "1.png,a,train\n2.png,b,train\n3.png,a,test\n4.png,b,test\n"
     (note,) = scan(write(tmp_path / "t.csv", f"image,label,Split\n{rows}")).notes
     assert note == (
-        "The column 'Split' of t.csv says train, val or test and is not used: --split-col Split keeps that split."
+        "The column 'Split' of t.csv says train, val or test and is not used: "
+        "--split-col Split keeps that split."
     )
     assert scan(tmp_path / "t.csv", split_col="Split").notes == []
     assert scan(write(tmp_path / "u.csv", f"image,label,weather\n{rows}")).notes == []  # hardly meant

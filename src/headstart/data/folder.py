@@ -285,7 +285,8 @@ def _csv(
         )
         raise DataError(
             f"{len(gone)} of {len(set(files))} files named in {path} do not exist: {shown}. "
-            f"Paths are relative to {root.absolute()}. Correct the column '{header[image]}' or remove these rows."
+            f"Paths are relative to {root.absolute()}. Correct the column '{header[image]}' or remove "
+            "these rows."
         )
 
     rows: list[tuple[Path, str, str | None]] = []
