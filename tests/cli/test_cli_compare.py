@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typed import Ended, Typed, save_tiny_net, typing
 
-from headstart.cli.compare import _seeds
+from headstart.cli.compare import _numbers
 from headstart.errors import ConfigError
 
 SMALL = ("--img-size", 32, "--epochs", 1, "--device", "cpu")
@@ -164,6 +164,12 @@ def test_nothing_to_predict_with(typed: Typed, pictures: Path, tmp_path: Path) -
 
 
 def test_seeds() -> None:
-    assert [_seeds(given) for given in (3, "3", "0,4", "7,", [1, 2])] == [3, 3, [0, 4], [7], [1, 2]]
+    assert [_numbers("seeds", given) for given in (3, "3", "0,4", "7,", [1, 2])] == [
+        3,
+        3,
+        [0, 4],
+        [7],
+        [1, 2],
+    ]
     with pytest.raises(ConfigError):
-        _seeds(None)
+        _numbers("seeds", None)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from headstart.errors import MethodError, TrainingError
-from headstart.records import Parameters, Result, Run, Score
+from headstart.records import Parameters, Recipe, Result, Run, Score
 from headstart.training.events import Reporter
 
 RIGHT = {"scratch": 0.4, "probe": 0.8, "full": 0.8, "lp-ft": 0.8, "l2-sp": 0.8}
@@ -24,6 +24,9 @@ class Ready:
     run: Run
     name: str
     shared: str | None
+    unfit: str | None = None
+    recipe: Recipe = field(default_factory=lambda: Recipe(optimizer="sgd", lr=0.01, weight_decay=1e-4))
+    learnt_from: int = 90
 
 
 @dataclass

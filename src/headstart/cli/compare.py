@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,11 +23,19 @@ if TYPE_CHECKING:
 METHODS = "probe,full,lp-ft,l2-sp"
 SEEDS = 3
 
-_EXTRA = ("methods", "seeds", "baseline")
-_PER_RUN = {"method": "--methods", "preset": "--methods NAME:PRESET", "seed": "--seeds"}
+# What a comparison takes beside the fields of a run; `compare` takes all of it under the same names.
+_ASKED = ("splits", "train_sizes", "trials", "budget", "learning_curve", "jobs", "on", "address")
+_EXTRA = ("methods", "seeds", "baseline", *_ASKED)
+_PER_RUN = {
+    "method": "--methods",
+    "preset": "--methods NAME:PRESET",
+    "seed": "--seeds",
+    "train_size": "--train-size, or train_sizes in a file",
+    "trial": "--trials",
+}
 
 
-@run_options("Data", "Network", "Training", "Machine", without=("seed",))
+@run_options("Data", "Network", "Training", "Machine", without=("seed", "train_size"))
 def run(
     flags: dict[str, Any],
     data: Data = None,
@@ -53,6 +63,64 @@ def run(
             rich_help_panel="Method",
         ),
     ] = None,
+    splits: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K|A,B,...",
+            help="How many splits, or which: every seed is run on each (not given: one per seed).",
+            rich_help_panel="Method",
+        ),
+    ] = None,
+    train_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,...,all",
+            help="Learn from so many training pictures, the smaller sets inside the larger.",
+            rich_help_panel="Method",
+        ),
+    ] = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K",
+            help="Search hyper-parameters: so many trials per method and split, scored on val alone.",
+            rich_help_panel="Search",
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="Search for so long per method: 90s, 10m, 2h. With --trials, whichever ends first.",
+            rich_help_panel="Search",
+        ),
+    ] = None,
+    learning_curve: Annotated[
+        bool,
+        typer.Option(
+            "--learning-curve",
+            help="Afterwards, the one to take on 25, 50 and 75 % of the labels: would more of them help?",
+            rich_help_panel="Method",
+        ),
+    ] = False,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Runs at once, each in a process of its own (not given: one per GPU).",
+            rich_help_panel="Machine",
+        ),
+    ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(metavar="ray", help="Do the runs on a Ray cluster.", rich_help_panel="Machine"),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="Of the cluster (not given: this machine's).", rich_help_panel="Machine"
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Train all runs anew, finished ones too.")
     ] = False,
@@ -70,7 +138,19 @@ def run(
 
     Example: headstart compare photos/ --methods probe,full,lp-ft --seeds 3 --epochs 20 --out compared
     """
-    given: dict[str, Any] = {"methods": methods, "seeds": seeds, "baseline": baseline}
+    given: dict[str, Any] = {
+        "methods": methods,
+        "seeds": seeds,
+        "baseline": baseline,
+        "splits": splits,
+        "train_sizes": train_size,
+        "trials": trials,
+        "budget": budget,
+        "learning_curve": learning_curve or None,
+        "jobs": jobs,
+        "on": on,
+        "address": address,
+    }
     flags |= {name: value for name, value in given.items() if value is not None}
     fields = asked(config=config, flags=flags, sets=sets, extra=_EXTRA, per_method=True)
     for name, instead in _PER_RUN.items():
@@ -110,7 +190,12 @@ def compared(fields: Mapping[str, Any], out: Path, *, overwrite: bool = False) -
     from headstart.comparison.runner import compare
 
     own = {name: value for name, value in fields.items() if name not in (*_EXTRA, "data", "hyper")}
-    seeds = _seeds(fields.get("seeds", SEEDS))
+    seeds = _numbers("seeds", fields.get("seeds", SEEDS))
+    more = {name: fields[name] for name in _ASKED if fields.get(name) is not None}
+    if "splits" in more:
+        more["splits"] = _numbers("splits", more["splits"])
+    if "train_sizes" in more:
+        more["train_sizes"] = _sizes(more["train_sizes"])
     done = compare(
         fields["data"],
         fields.get("methods", METHODS),
@@ -120,17 +205,19 @@ def compared(fields: Mapping[str, Any], out: Path, *, overwrite: bool = False) -
         hyper=_by_method(fields.get("hyper", {}), fields),
         overwrite=overwrite,
         reporter=reporter(),
+        command=shlex.join(["headstart", *sys.argv[1:]]),
+        **more,
         **own,
     )
     settled: dict[str, dict[str, Any]] = {}
     for result, label in zip(done.results, done.labels, strict=True):
         recipe = {} if result.recipe is None else result.recipe.model_dump(mode="json")
         settled.setdefault(label, {"hyper": result.hyper, **recipe})
-    write(out / "config.resolved.yaml", {**fields, "seeds": seeds}, settled)
+    write(out / "config.resolved.yaml", {**fields, **more, "seeds": seeds}, settled)
     return done
 
 
-def _seeds(given: Any) -> int | list[int]:
+def _numbers(what: str, given: Any) -> int | list[int]:
     """3 -> 3 (so many), "0,4" -> [0, 4] (these), "4," -> [4] (this one)."""
     if isinstance(given, int) and not isinstance(given, bool):
         return given
@@ -139,9 +226,16 @@ def _seeds(given: Any) -> int | list[int]:
         numbers = [int(word) for word in words]
     except (TypeError, ValueError):
         raise ConfigError(
-            f"seeds takes a number (how many) or a list such as 0,1,2. Got {given!r}."
+            f"{what} takes a number (how many) or a list such as 0,1,2. Got {given!r}."
         ) from None
     return numbers[0] if isinstance(given, str) and "," not in given else numbers
+
+
+def _sizes(given: Any) -> list[int | str]:
+    """100 -> [100], "100,300,all" -> [100, 300, "all"]; what is no number is refused by the comparison."""
+    words = given.split(",") if isinstance(given, str) else given if isinstance(given, list) else [given]
+    texts = [str(word).strip() for word in words]
+    return [int(text) if text.isdigit() else text for text in texts if text]
 
 
 def _by_method(hyper: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -227,8 +321,6 @@ def _short(count: int | None) -> str:
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table with lines on a terminal, aligned text elsewhere."""
-    import sys
-
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import os
+import time
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -186,6 +188,65 @@ def write(path: Path, text: str) -> None:
     finally:
         with contextlib.suppress(OSError):
             fresh.unlink(missing_ok=True)
+
+
+def gone(lock: Path, patience: float = 30.0) -> None:
+    """Wait until the last worker process of an earlier comparison has ended; each holds this lock.
+
+    Raises:
+        OutputError: one is still at work after so many seconds.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return
+    until = time.monotonic() + patience
+    with lock.open("w") as handle:
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise OutputError(
+                        f"A process of an earlier comparison is still at work in {lock.parent}. Wait for it, "
+                        "or end it."
+                    ) from None
+                time.sleep(0.05)
+
+
+class Looks:
+    """The runs that ever looked at test pictures: a line each in looks.jsonl, never taken back."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.runs: dict[str, list[str]] = {}  # by hash of the test pictures
+        with contextlib.suppress(OSError):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut off
+                    look = json.loads(line)
+                    self.runs.setdefault(look["test"], []).append(look["run"])
+
+    def add(self, test: str, run: str, *, anew: bool) -> None:
+        """A run has looked; one that had before counts again only where it was trained anew.
+
+        Raises:
+            OutputError: it could not be written down.
+        """
+        runs = self.runs.setdefault(test, [])
+        if run in runs and not anew:
+            return
+        runs.append(run)
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"test": test, "run": run}) + "\n")
+        except OSError as error:
+            raise OutputError(f"{self.path} could not be written: {error.strerror or error}.") from error
+
+
+def hash_of(answers: Answers) -> str:
+    """SHA-256 over the contents of the pictures of a split."""
+    return hashlib.sha256("\n".join(map(str, answers.hashes)).encode()).hexdigest()
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ build, and the first to rename wins. What a killed process left behind is swept 
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import io
@@ -284,6 +285,12 @@ class Pictures:
             height, width, 3
         )
         return view
+
+    def in_memory(self) -> Pictures:
+        """The same pictures, sent whole where they are pickled: to a machine that has not the files."""
+        store = copy.copy(self._store)
+        store.folder, store.plain, store.large = None, np.asarray(store.plain), np.asarray(store.large)
+        return Pictures(self.facts, self.rows, store)
 
     @classmethod
     def build(

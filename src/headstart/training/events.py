@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any, TextIO
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TextIO
 
 from headstart.method import Phase
 from headstart.records import Result
+
+
+class Standing(NamedTuple):
+    """Where a comparison of many runs stands."""
+
+    done: int
+    total: int  # trials that a time budget may allow are not counted
+    failed: int
+    spent: float  # seconds of training, over all processes
+    left: float | None  # seconds until the end, by what runs took so far; None: nothing to go by
+    leader: str | None  # best on validation so far
+    leads_with: float | None  # its validation accuracy
+    under_way: Mapping[str, Mapping[str, Any]]  # by run, its last epoch's record; of other processes
 
 
 class Reporter:
@@ -33,6 +47,9 @@ class Reporter:
 
     def row(self, result: Result) -> None:
         """A run is done, or failed, or was done before."""
+
+    def standing(self, standing: Standing) -> None:
+        """How far a comparison of many runs is."""
 
     def end(self) -> None:
         """No more runs."""

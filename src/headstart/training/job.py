@@ -73,6 +73,11 @@ class Prepared:
         label = self.run.method if self.run.preset is None else f"{self.run.method}-{self.run.preset}"
         return f"{label}-{self.key}-s{self.run.seed}"
 
+    @property
+    def learnt_from(self) -> int:
+        """How many training pictures there are."""
+        return len(self.task.split.index("train"))
+
     @cached_property
     def unfit(self) -> str | None:
         """The one-line reason why the method cannot run here; None where it can."""
