@@ -25,7 +25,17 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"errors", "records"},
     "nets": {"errors", "records", "parts", "data"},  # data: how a network wants its pictures prepared
     "training": {"errors", "records", "parts", "method", "registry", "data", "nets", "ship", "calibration"},
-    "comparison": {"errors", "records", "parts", "registry", "training", "data", "ship", "judgement", "report"},
+    "comparison": {
+        "errors",
+        "records",
+        "parts",
+        "registry",
+        "training",
+        "data",
+        "ship",
+        "judgement",
+        "report",
+    },
     "report": {"errors", "records", "judgement", "calibration"},  # from files alone: no torch
     "ship": {"errors", "records", "parts", "data", "nets"},
 }

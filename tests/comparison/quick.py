@@ -40,7 +40,8 @@ class Quick:
     def prepare(self, run: Run, *, share: Any, say: Callable[[str], None]) -> Ready:
         split = run.seed if run.split_seed is None else run.split_seed
         key = run.key(data=f"split {split}, {run.train_size}", source="weights", settled={})
-        return Ready(run, f"{run.method}-{key}-s{run.seed}", "no filters" if run.method in self.unfit else None)
+        unfit = "no filters" if run.method in self.unfit else None
+        return Ready(run, f"{run.method}-{key}-s{run.seed}", unfit)
 
     def execute(
         self, prepared: Any, folder: Path, *, resume: bool, overwrite: bool, reporter: Reporter
@@ -100,7 +101,9 @@ class Quick:
     def score(self, run: Run, split: str, epoch: int) -> tuple[Score, np.ndarray]:
         off = abs(math.log10((run.lr or 0.01) / 0.02))
         rate = 0.9 - 0.25 * off - 0.3 / epoch - 4.0 / (run.train_size or 80)
-        text = f"{run.method}{sorted(run.hyper.items())}{run.seed}{run.split_seed}{split}{epoch}{run.train_size}"
+        text = (
+            f"{run.method}{sorted(run.hyper.items())}{run.seed}{run.split_seed}{split}{epoch}{run.train_size}"
+        )
         rng = np.random.default_rng(int(hashlib.sha256(text.encode()).hexdigest()[:8], 16))
         right = rng.random(N) < rate
         share = float(right.mean())

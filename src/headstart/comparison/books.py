@@ -187,7 +187,13 @@ class Books:
 
     def write_table(self) -> None:
         """results.csv: all runs, trials and points of the curve, as they stand."""
-        ledger.write_table(self.folder / "results.csv", [*self.entries, *self.trials, *self.curve])
+        labels, sizes = list(self.grid.labels), list(self.grid.train_sizes)
+        # However many processes took part, and whichever was first: the same table.
+        trials = sorted(
+            self.trials,
+            key=lambda e: (sizes.index(e.train_size), e.split, labels.index(e.label), e.number),
+        )
+        ledger.write_table(self.folder / "results.csv", [*self.entries, *trials, *self.curve])
 
     def write_soon(self) -> None:
         """The table now; the verdict now and then, so that judging takes a hundredth of the time at most."""
@@ -219,7 +225,10 @@ class Books:
                 "trials": self.options.trials,
                 "budget": self.options.budget,
                 "objective": OBJECTIVE,
-                "studies": [study.plain() for study in self.studies],
+                "studies": sorted(
+                    (study.plain() for study in self.studies),
+                    key=lambda plain: (plain["train_size"] or 0, plain["split"], plain["method"]),
+                ),
             }
             ledger.write(self.folder / "search.json", _json(searched))
         if len(self.grid.train_sizes) > 1:

@@ -55,6 +55,7 @@ class Entry:
     answers: dict[str, Answers] = field(default_factory=dict)  # by split, of a finished run
     role: Role = "run"  # what counts in the verdict; trials chose its values, curves have fewer labels
     chosen: dict[str, Any] = field(default_factory=dict)  # what a search chose for it
+    number: int = 0  # of a trial, in its search
 
     @property
     def at(self) -> At:

@@ -129,7 +129,16 @@ def compare(
         HeadstartError: what was given cannot be used. A run that fails is no error but a row.
         KeyboardInterrupt: after what is finished was written down.
     """
-    grid = plan(str(data), methods, seeds=seeds, baseline=baseline, hyper=hyper, **fields)
+    grid = plan(
+        str(data),
+        methods,
+        seeds=seeds,
+        splits=splits,
+        train_sizes=train_sizes,
+        baseline=baseline,
+        hyper=hyper,
+        **fields,
+    )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
             "A comparison runs in one process. Start it without accelerate or torchrun; to train one run "

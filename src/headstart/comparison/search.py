@@ -166,12 +166,12 @@ class Watch:
         for each in self.earlier:
             study.add_trial(
                 optuna.trial.create_trial(
-                    value=each[-1] if each else 0.0, intermediate_values=dict(enumerate(each, 1))
+                    value=each[-1] if each else 0.0, intermediate_values=dict(enumerate(each))
                 )
             )
         trial = study.ask()
         for epoch, value in enumerate(steps, 1):
-            trial.report(value, epoch)
+            trial.report(value, epoch - 1)
             if epoch < self.epochs and trial.should_prune():
                 return epoch
         return None
@@ -330,7 +330,7 @@ def _frozen(trial: Trial, params: Mapping[str, Any], distributions: Mapping[str,
         value=trial.value if finished else None,
         params=dict(params),
         distributions=dict(distributions),
-        intermediate_values=dict(enumerate(trial.steps, 1)),
+        intermediate_values=dict(enumerate(trial.steps)),
     )
 
 

@@ -320,6 +320,7 @@ class Walk:
     def _row_of(self, study: Study, trial: Trial) -> Entry:
         run = Proposal(trial.number, trial.kind, trial.values).of(study.base)
         entry = Entry(study.label, run, trial.state, trial.reason, role="trial", chosen=trial.values)
+        entry.number = trial.number
         if trial.run is not None:
             entry.folder = f"{RUNS}/{trial.run}"
             with contextlib.suppress(OSError, ValueError):
@@ -335,6 +336,7 @@ class Walk:
         proposal = study.next()
         if proposal is not None:
             entry = Entry(study.label, proposal.of(study.base), role="trial", chosen=proposal.values)
+            entry.number = proposal.number
             self.books.trials.append(entry)
             self.queue.appendleft(_Work(entry, study, proposal))
             return
