@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 from headstart.comparison.search import Watch, objective
 from headstart.errors import HeadstartError
-from headstart.method import Phase
 from headstart.records import Recipe, Result, Run
 from headstart.training import job
 from headstart.training.events import Reporter
@@ -208,7 +207,7 @@ class Watched(Reporter):
         """Passed on."""
         self.reporter.say(text)
 
-    def phase(self, phase: Phase, steps: int) -> None:
+    def phase(self, phase: Any, steps: int) -> None:
         """Passed on."""
         self.reporter.phase(phase, steps)
 
