@@ -165,6 +165,18 @@ def all_of(connection: socket.socket) -> bytes:
     return got
 
 
+def one_of(connection: socket.socket, got: bytes = b"") -> Reply:
+    """The next answer, by the length that it names; `got` of it has come already."""
+    connection.settimeout(10)
+    while True:
+        head, end, body = got.partition(b"\r\n\r\n")
+        if end and len(body) >= int(parsed(head + end).headers.get("content-length", "0")):
+            return parsed(got)
+        more = connection.recv(65536)
+        assert more, got
+        got += more
+
+
 def parsed(raw: bytes) -> Reply:
     head, _, body = raw.partition(b"\r\n\r\n")
     first, *lines = head.decode("latin-1").split("\r\n")

@@ -44,12 +44,13 @@ def bind(host: str, port: int) -> socket.socket:
         ConfigError: the port is taken, or the address is not this machine's.
     """
     try:
-        family, _, _, _, address = socket.getaddrinfo(
+        family, _, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except (socket.gaierror, UnicodeError) as error:
         raise ConfigError(f"The host '{host}' is no address of this machine. Try 127.0.0.1.") from error
-    listening = socket.socket(family, socket.SOCK_STREAM)
+    # With its protocol named, asyncio turns Nagle's algorithm off; else each answer would take 40 ms longer.
+    listening = socket.socket(family, socket.SOCK_STREAM, protocol)
     try:
         if os.name == "posix":  # elsewhere it would let two servers share the port
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
