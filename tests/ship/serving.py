@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,8 +42,15 @@ class Said:
 @dataclass
 class Calibrated:
     threshold: float | None = 0.6
-    accuracy: float | None = 0.95
+    wanted: float | None = 0.95
     temperature: float = 1.3
+    val: dict[str, Any] | None = field(default_factory=lambda: {"n": 120})
+    test: dict[str, Any] | None = field(
+        default_factory=lambda: {"n": 290, "answered": 0.87, "accuracy": 0.961, "interval": [0.92, 0.98]}
+    )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"risk_coverage": [(0.1, 1.0, 0.2)]}
 
 
 class Brightest:

@@ -141,6 +141,7 @@ def jpeg(width: int, height: int) -> bytes:
     return bytes(content)
 
 
+BMP = picture(format="BMP")
 ZEROS = zlib.compress(bytes(60_000_000), 9)  # 58 kB that become 60 MB
 
 
@@ -152,7 +153,10 @@ ZEROS = zlib.compress(bytes(60_000_000), 9)  # 58 kB that become 60 MB
         ("just above the limit", png(1001, 1000, data=ZEROS)),
         ("a JPEG's header", jpeg(65_500, 65_500)),
         ("a GIF's header", b"GIF89a" + struct.pack("<HH", 65_535, 65_535) + picture(format="GIF")[10:]),
-        ("a BMP's header", picture(format="BMP")[:18] + struct.pack("<ii", 9999, 9999) + picture(format="BMP")[26:]),
+        (
+            "a BMP's header",
+            picture(format="BMP")[:18] + struct.pack("<ii", 9999, 9999) + picture(format="BMP")[26:],
+        ),
         ("a PPM's header", b"P6 50000 50000 255\n" + bytes(99)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -244,7 +248,20 @@ def test_too_long_a_body(server: Alone) -> None:
         b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n",
         b"\r\n" * 50_000,
     ],
-    ids=["value", "lines", "target", "tls", "version", "host", "nul", "negative", "two", "chunk", "coding", "ends"],
+    ids=[
+        "value",
+        "lines",
+        "target",
+        "tls",
+        "version",
+        "host",
+        "nul",
+        "negative",
+        "two",
+        "chunk",
+        "coding",
+        "ends",
+    ],
 )
 def test_what_is_no_request(head: bytes, server: Alone) -> None:
     with server.client.connect() as link:
@@ -257,7 +274,12 @@ def test_what_is_no_request(head: bytes, server: Alone) -> None:
 
 
 def test_an_upgrade_is_not_taken_up(server: Alone) -> None:
-    asked = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Key": "x", "Sec-WebSocket-Version": "13"}
+    asked = {
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Key": "x",
+        "Sec-WebSocket-Version": "13",
+    }
     assert server.client.get("/labels", **{k.replace("-", "_"): v for k, v in asked.items()}).status == 200
 
 
@@ -357,7 +379,7 @@ def test_clients_that_do_not_read(server: Alone) -> None:
     link.settimeout(0.2)
     asked = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 50
     deadline = time.monotonic() + 20
-    with pytest.raises(OSError) as ended:  # noqa: PT012  # until it hangs up, not until we have said all
+    with pytest.raises(OSError) as ended:  # until it hangs up, not until we have said all
         while time.monotonic() < deadline:
             try:
                 link.sendall(asked)
@@ -373,8 +395,12 @@ def test_clients_that_leave_in_the_middle(server: Alone) -> None:
     for sent in (0, 10, 70_000):
         for _ in range(20):
             with server.client.connect() as link:
-                link.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 200000\r\n\r\n" + bytes(sent))
+                link.sendall(
+                    b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 200000\r\n\r\n" + bytes(sent)
+                )
     whole = picture()
     for _ in range(20):
         with server.client.connect() as link:  # asked, and gone before the answer
-            link.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(whole) + whole)
+            link.sendall(
+                b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(whole) + whole
+            )

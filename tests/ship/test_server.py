@@ -104,7 +104,8 @@ def test_what_is_said_of_the_model(client: Client) -> None:
     assert client.get("/labels").json == {"labels": CLASSES}
     card = client.get("/card").json
     assert card["card"]["licence"] == "mit" and card["readme"].startswith("# brightest")
-    assert card["threshold"] == 0.6 and card["temperature"] == 1.3 and card["limits"]["files"] == 4
+    assert card["calibration"]["threshold"] == 0.6 and card["calibration"]["temperature"] == 1.3
+    assert "risk_coverage" not in card["calibration"] and card["limits"]["files"] == 4
     assert client.get("/health").json == {"status": "ok"}
     assert client.get("/ready").json == {"status": "ready"}
 

@@ -74,7 +74,7 @@ class Judge(Protocol):
 
     @property
     def calibration(self) -> Any:
-        """With threshold, accuracy and temperature."""
+        """How probabilities and `unsure` are made (`ship.calibration.Calibration`)."""
 
     def prepare(self, img: Image.Image) -> np.ndarray:
         """A picture of any size -> uint8 [S, S, 3]."""
@@ -131,9 +131,10 @@ class Card(BaseModel):
 
     headstart: str = Field(description="version")
     classes: int
-    threshold: float | None = Field(description="below it a prediction is unsure")
-    accuracy: float | None = Field(description="wanted of predictions that are not unsure")
-    temperature: float | None = Field(description="1: probabilities are the network's own")
+    calibration: dict[str, Any] = Field(
+        description="temperature; threshold below which a prediction is unsure (0: none is, null: all are); "
+        "the accuracy wanted of the others; what became of it on val and test"
+    )
     card: dict[str, Any] = Field(description="how it was made, and how good it is")
     readme: str | None = Field(description="the bundle's README.md")
     limits: dict[str, float] = Field(description="of one request")
@@ -258,14 +259,12 @@ class Service:
 
     def card(self) -> dict[str, Any]:
         """What `GET /card` says."""
-        calibration = self.model.calibration
+        calibration = {k: v for k, v in self.model.calibration.to_dict().items() if k != "risk_coverage"}
         readme = self.model.folder / "README.md"
         return {
             "headstart": headstart.__version__,
             "classes": len(self.model.classes),
-            "threshold": calibration.threshold,
-            "accuracy": calibration.accuracy,
-            "temperature": calibration.temperature,
+            "calibration": calibration,
             "card": self.model.card,
             "readme": readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else None,
             "limits": {

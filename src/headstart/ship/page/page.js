@@ -101,13 +101,21 @@ function describe(about, labels) {
   if (typeof test.accuracy === "number") {
     fact("Right on test pictures", fine.format(test.accuracy), `of ${test.n} pictures that it had never seen`);
   }
-  if (about.threshold !== null && about.threshold !== undefined) {
-    const wanted = about.accuracy ? `chosen so that at least ${whole.format(about.accuracy)} of the sure answers are right` : "below it, ask a human";
-    fact("Sure from", fine.format(about.threshold), wanted);
+  const { threshold, wanted, val, test: trust } = about.calibration;
+  if (threshold) {
+    fact("Sure from", fine.format(threshold), wanted && `so that ${whole.format(wanted)} of the sure answers are right`);
     const mark = document.createElement("i");
-    $("legend").replaceChildren(mark, `Below this mark, ${fine.format(about.threshold)}, an answer is “unsure”: ask a human.`);
-    $("legend").hidden = false;
+    $("legend").replaceChildren(mark, `Below this mark, ${fine.format(threshold)}, an answer is “unsure”: ask a human.`);
+  } else if (threshold === null) {
+    $("legend").textContent = `Every answer is “unsure”: on the validation pictures no threshold reached ${whole.format(wanted)}. Ask a human.`;
+  } else {
+    $("legend").textContent = "This model was not given a threshold: no answer is marked “unsure”.";
   }
+  $("legend").hidden = false;
+  if (trust?.answered && trust.accuracy !== null) {
+    fact("Right when sure", fine.format(trust.accuracy), `and sure of ${whole.format(trust.answered)} of the test pictures`);
+  }
+  if (!val) fact("Probabilities", "Not calibrated", "they are the network's own, and mostly too high");
   fact("Labels", String(many), many <= 6 ? labels.join(", ") : null);
   fact("Network", made.model, made.method ? `tuned with ${made.method}` : null);
   fact("Learnt from", made.counts?.train && `${made.counts.train} pictures`);
@@ -203,7 +211,7 @@ function tell(row, said) {
   if (said.unsure) badge(row, "unsure: ask a human");
   const [first, more] = row.item.querySelectorAll(".bars");
   const shown = said.best.length <= FEW ? said.best.length : SHOWN;
-  first.replaceChildren(...said.best.slice(0, shown).map((each, index) => bar(each, index === 0 && state.card?.threshold)));
+  first.replaceChildren(...said.best.slice(0, shown).map((each, index) => bar(each, index === 0 && state.card?.calibration.threshold)));
   if (said.best.length > shown) {
     more.replaceChildren(...said.best.map((each) => bar(each)));
     row.item.querySelector(".more").hidden = false;
