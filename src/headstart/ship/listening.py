@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import ipaddress
 import json
 import os
 import shutil
@@ -34,7 +35,10 @@ _HEAD_BYTES = 32 * 1024  # first line and headers; browsers stay below 16 KiB
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach what listens there."""
-    return host.casefold() == "localhost" or host.startswith("127.") or host == "::1"
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.casefold() == "localhost"
 
 
 def bind(host: str, port: int) -> socket.socket:
