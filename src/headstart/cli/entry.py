@@ -42,7 +42,6 @@ COMMANDS = {
     "compare": Entry("Run several methods over several seeds, and say which to take.", "Work", ()),
     "predict": Entry("Label pictures with a trained model.", "Work", ()),
     "export": Entry("Turn a run into a bundle that others can use: ONNX, model card, verified.", "Work"),
-    "predict": Entry("Label pictures with a trained model.", "Work"),
     "serve": Entry("Serve a model: a page for people, an address for programs.", "Work"),
     "fisher": Entry("Measure which weights of a network matter, for l2-sp's Fisher variants.", "Work"),
     "methods": Entry("List the methods, their papers, presets and hyper-parameters.", "Look things up"),

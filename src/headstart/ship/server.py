@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import numpy as np
 from fastapi import FastAPI, Query, Request
@@ -33,54 +33,15 @@ from starlette.staticfiles import StaticFiles
 
 import headstart
 from headstart.data.picture import Unreadable
+from headstart.ship import folder as files
 from headstart.ship.batching import Batcher
 from headstart.ship.guard import Guard
 from headstart.ship.intake import Upload, prepared, uploads
 from headstart.ship.journal import LOGGER, Journal
 from headstart.ship.limits import MIB, Limits, Refused, Room, busy
+from headstart.ship.predict import Prediction, Predictor
 
 _INLINE = 256 * 1024  # bytes; parsing a larger body would hold up everybody else
-
-
-class Says(Protocol):
-    """What a model says of one picture (`ship.predict.Prediction`)."""
-
-    @property
-    def label(self) -> str | None:
-        """The most probable class."""
-
-    @property
-    def probability(self) -> float | None:
-        """Of that class."""
-
-    @property
-    def probabilities(self) -> dict[str, float]:
-        """Of all classes, most probable first."""
-
-    @property
-    def unsure(self) -> bool:
-        """Below the threshold."""
-
-
-class Judge(Protocol):
-    """What is served (`ship.predict.Predictor`)."""
-
-    classes: list[str]
-    card: dict[str, Any]
-
-    @property
-    def folder(self) -> Path:
-        """Where it was read from."""
-
-    @property
-    def calibration(self) -> Any:
-        """How probabilities and `unsure` are made (`ship.calibration.Calibration`)."""
-
-    def prepare(self, img: Image.Image) -> np.ndarray:
-        """A picture of any size -> uint8 [S, S, 3]."""
-
-    def judge(self, pixels: np.ndarray) -> list[Any]:
-        """uint8 [B, S, S, 3] -> what it `Says` of each."""
 
 
 class Best(BaseModel):
@@ -151,12 +112,12 @@ class Service:
     """
 
     def __init__(
-        self, model: Judge, *, limits: Limits, batch_size: int = 16, patience: float = 0.002
+        self, model: Predictor, *, limits: Limits, batch_size: int = 16, patience: float = 0.002
     ) -> None:
         self.model, self.limits = model, limits
         self.room = Room(limits)
         self.journal = Journal(model.classes)
-        self.batcher: Batcher[Says] = Batcher(
+        self.batcher: Batcher[Prediction] = Batcher(
             model.judge, most=batch_size, patience=patience, told=self.journal.batch
         )
         self.stopping = False
@@ -260,13 +221,14 @@ class Service:
     def card(self) -> dict[str, Any]:
         """What `GET /card` says."""
         calibration = {k: v for k, v in self.model.calibration.to_dict().items() if k != "risk_coverage"}
-        readme = self.model.folder / "README.md"
+        folder = self.model.folder
+        readme = None if folder is None else folder / files.CARD
         return {
             "headstart": headstart.__version__,
             "classes": len(self.model.classes),
             "calibration": calibration,
             "card": self.model.card,
-            "readme": readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else None,
+            "readme": _text(readme),
             "limits": {
                 "bytes": self.limits.request_bytes,
                 "pixels": self.limits.pixels,
@@ -277,7 +239,7 @@ class Service:
 
 
 def application(
-    model: Judge,
+    model: Predictor,
     *,
     limits: Limits | None = None,
     key: str | None = None,
@@ -465,7 +427,7 @@ class _Held:
 def _row(
     name: str | None,
     *,
-    said: Says | None = None,
+    said: Prediction | None = None,
     best: list[tuple[str, float]] | None = None,
     error: str | None = None,
 ) -> dict[str, Any]:
@@ -477,6 +439,12 @@ def _row(
         "best": [{"label": label, "probability": min(1.0, share)} for label, share in best or []],
         "error": error,
     }
+
+
+def _text(path: Path | None) -> str | None:
+    if path is None or not path.is_file():
+        return None
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def _too_long(most: int) -> Refused:
