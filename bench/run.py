@@ -32,6 +32,7 @@ NAMES = (
     "constrain",
     "route",
     "selection",
+    "serve",
     "demo",
 )
 
