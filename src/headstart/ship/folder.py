@@ -127,6 +127,16 @@ def check(folder: Path, names: Iterable[str]) -> None:
             )
 
 
+def fingerprint(folder: Path) -> str:
+    """Twelve hexadecimal digits that name all that decides what a model says."""
+    sums = _sums(folder)
+    said = [name for name in (CONFIG, LABELS, PREPROCESS, CALIBRATION, WEIGHTS) if (folder / name).is_file()]
+    if WEIGHTS not in said and (folder / ONNX).is_file():
+        said.append(ONNX)
+    text = "".join(f"{name} {sums.get(name) or _sha256(folder / name)}\n" for name in said)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def listed(folder: Path, name: str) -> bool:
     """Whether a file belongs to the folder, there or not."""
     return name in _sums(folder)

@@ -87,6 +87,11 @@ class Predictor:
         return self._engine.name
 
     @property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits that name the model: equal ones say the same; "" without a folder."""
+        return "" if self.folder is None else files.fingerprint(self.folder)
+
+    @property
     def net(self) -> nn.Module:
         """The network as a torch module, in eval mode.
 
