@@ -15,6 +15,7 @@ ROOT = Path(headstart.__file__).parent
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "calibration": set(),
+    "disk": {"errors"},
     "records": {"errors"},
     "judgement": {"errors", "records"},
     "parts": {"errors"},
@@ -22,19 +23,13 @@ ALLOWED: dict[str, set[str]] = {
     "registry": {"errors", "method"},
     "testing": {"errors", "parts", "method", "registry"},
     "methods": {"errors", "parts", "method"},
-    "data": {"errors", "records"},
+    "data": {"errors", "disk", "records"},
     "nets": {"errors", "records", "parts", "data"},  # data: how a network wants its pictures prepared
-    "training": {"errors", "records", "parts", "method", "registry", "data", "nets", "ship", "calibration"},
+    "training": {
+        *("errors", "disk", "records", "parts", "method", "registry", "data", "nets", "ship", "calibration"),
+    },
     "comparison": {
-        "errors",
-        "records",
-        "parts",
-        "registry",
-        "training",
-        "data",
-        "ship",
-        "judgement",
-        "report",
+        *("errors", "disk", "records", "parts", "registry", "training", "data", "ship", "judgement", "report"),
     },
     "report": {"errors", "records", "judgement", "calibration"},  # from files alone: no torch
     "ship": {"errors", "records", "parts", "data", "nets"},

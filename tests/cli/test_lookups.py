@@ -115,7 +115,8 @@ def test_the_plan_of_every_method_adds_up(typed: Typed, name: str) -> None:
     for phase in record["phases"]:
         learning = sum(group["numbers"] for group in phase["groups"])
         assert learning + phase["frozen"] == record["parameters"] + record["own_parameters"]
-    assert (record["own_parameters"] > 0) == (name in ("l2t-w", "l2t-ww"))  # of networks that are alike
+    bring_their_own = ("adafilter", "l2t-w", "l2t-ww", "spottune", "transtailor")  # where networks are alike
+    assert (record["own_parameters"] > 0) == (name in bring_their_own)
 
 
 def test_plan_takes_presets_and_what_overrules_them(typed: Typed) -> None:

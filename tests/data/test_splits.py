@@ -174,10 +174,10 @@ def test_written_and_read_back(tmp_path: Path) -> None:
     other, _ = table({"a": 3, "b, with comma": 9})
     with pytest.raises(DataError, match="not among the pictures any more"):
         Split.read(tmp_path / "split.csv", other)
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match="could not be written"):
         made.write(tmp_path / "gone" / "split.csv")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match="could not be written"):
         made.write(tmp_path / "folder")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "split.csv"]  # no half of one is left
     (tmp_path / "x.csv").write_text("a,b\n")

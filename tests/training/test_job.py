@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ import headstart
 from headstart.errors import ConfigError, DataError, HeadstartError, OutputError, TrainingError
 from headstart.records import Result, Run
 from headstart.training.events import Reporter
-from headstart.training.folder import claim
+from headstart.training.folder import claimed
 from headstart.training.job import Prepared, execute, prepare
 
 
@@ -244,10 +244,15 @@ def test_claim_tells_an_unfinished_run_from_a_finished_one(
 ) -> None:
     prepared = prepare(Run.asked(**asked(pictures, tiny_model)), say=lambda _: None)
     folder, key = tmp_path / "run", prepared.key
-    assert claim(folder, key, {}, resume=False, overwrite=False) is None
+
+    def claim(*, resume: bool) -> Result | None:
+        with claimed(folder, key, {}, resume=resume, overwrite=False) as finished:
+            return finished
+
+    assert claim(resume=False) is None
     with pytest.raises(OutputError, match=r"unfinished. Go on with --resume"):
-        claim(folder, key, {}, resume=False, overwrite=False)
-    assert claim(folder, key, {}, resume=True, overwrite=False) is None
+        claim(resume=False)
+    assert claim(resume=True) is None
 
 
 def test_a_claim_that_was_cut_short_and_a_model_of_another_run_are_in_nobodys_way(tmp_path: Path) -> None:
@@ -255,12 +260,36 @@ def test_a_claim_that_was_cut_short_and_a_model_of_another_run_are_in_nobodys_wa
     folder.mkdir()
     (folder / ".run.json.4711").write_text("{")
     (folder / "error.txt").write_text("")
-    assert claim(folder, "one", {}, resume=False, overwrite=False) is None
+    with claimed(folder, "one", {}, resume=False, overwrite=False) as finished:
+        assert finished is None
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text("{}")
-    assert claim(folder, "two", {}, resume=False, overwrite=True) is None
+    with claimed(folder, "two", {}, resume=False, overwrite=True) as finished:
+        assert finished is None
     assert not (folder / "model").exists()
     assert json.loads((folder / "run.json").read_text())["key"] == "two"
+
+
+def test_a_run_that_another_process_works_on_is_left_to_it(
+    pictures: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    class Other(Reporter):
+        """The same run asked for once more, and another one over it, while the first is at work."""
+
+        said: ClassVar[list[str]] = []
+
+        def epoch(self, record: dict[str, Any]) -> None:
+            for more in ({}, {"overwrite": True}, {"seed": 1, "overwrite": True}):
+                with pytest.raises(OutputError) as caught:
+                    train(pictures, tiny_model, tmp_path / "run", method="full", **more)
+                self.said.append(str(caught.value))
+
+    result = train(pictures, tiny_model, tmp_path / "run", method="full", epochs=1, reporter=Other()).result
+    assert result.status == "finished"
+    assert Other.said == [
+        f"Another process is at work on the run in {tmp_path / 'run'}. Wait for it, or give another --out."
+    ] * len(Other.said)
+    assert len(Other.said) == 3
 
 
 def test_the_key_is_of_what_a_file_of_class_weights_says(

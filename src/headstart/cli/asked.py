@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from headstart.disk import write_text
 from headstart.errors import ConfigError, nearest, unknown
 from headstart.records import Run
 
@@ -85,7 +86,7 @@ def write(path: Path, given: Mapping[str, Any], settled: Mapping[str, Mapping[st
     for name, values in settled.items():
         lines.append(f"\n# Settled for {name}:\n")
         lines += [f"#   {line}\n" for line in _yaml(values).splitlines()]
-    path.write_text("".join(lines), encoding="utf-8")
+    write_text(path, "".join(lines))
 
 
 _FIELDS = [name for name in Run.model_fields if name != "hyper"]

@@ -10,6 +10,7 @@ import typer
 from headstart.cli import outcome
 from headstart.cli.asked import asked
 from headstart.cli.options import Json, run_options
+from headstart.disk import write_json
 from headstart.errors import DataError, OutputError
 from headstart.records import Run
 
@@ -72,7 +73,11 @@ def run(
     except DataError as error:
         problem = str(error)
     record = found.model_dump(mode="json") | {"split": sides, "problem": problem}
-    _write(target, record)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{target} cannot be written: {error.strerror or error}.") from None
+    write_json(target, record)
     if json:
         outcome.show_json(record)
     else:
@@ -108,15 +113,3 @@ def _free(target: Path) -> None:
         raise OutputError(f"{target} is a folder. Give a file with --out, such as --out {target}/audit.json.")
     if target.exists() and '"near_duplicates"' not in target.read_text(encoding="utf-8", errors="replace"):
         raise OutputError(f"{target} holds something else. Give another file with --out.")
-
-
-def _write(target: Path, record: dict[str, Any]) -> None:
-    import json
-
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Names that are no UTF-8 become JSON's own escapes.
-        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-        target.write_text(text, encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise OutputError(f"{target} cannot be written: {error.strerror or error}.") from None

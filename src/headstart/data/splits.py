@@ -6,10 +6,8 @@ file names, on the order of files, or on where the folder lies.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import hashlib
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +15,8 @@ from pathlib import Path
 
 from headstart.data.duplicates import components
 from headstart.data.folder import SPLITS, Table
-from headstart.errors import DataError, OutputError
+from headstart.disk import whole
+from headstart.errors import DataError
 
 _COLUMNS = ("path", "label", "split", "sha256")
 
@@ -68,23 +67,17 @@ class Split:
         Raises:
             OutputError: the file cannot be written.
         """
-        path = Path(path)
-        fresh = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            # File names that are no UTF-8 are written as they are.
-            with fresh.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-                writer = csv.writer(file)
-                writer.writerow(_COLUMNS)
-                for i, side in enumerate(self.sides):
-                    if side is not None:
-                        label = self.table.classes[self.table.labels[i]]
-                        writer.writerow((self.table.relative(i), label, side, self.hashes[i]))
-            fresh.replace(path)
-        except OSError as error:
-            raise OutputError(f"The split cannot be written to {path}: {error.strerror or error}.") from None
-        finally:
-            with contextlib.suppress(OSError):
-                fresh.unlink(missing_ok=True)
+        # File names that are no UTF-8 are written as they are.
+        with (
+            whole(Path(path)) as fresh,
+            fresh.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+        ):
+            writer = csv.writer(file)
+            writer.writerow(_COLUMNS)
+            for i, side in enumerate(self.sides):
+                if side is not None:
+                    label = self.table.classes[self.table.labels[i]]
+                    writer.writerow((self.table.relative(i), label, side, self.hashes[i]))
 
     @classmethod
     def read(cls, path: str | Path, table: Table) -> Split:

@@ -1,10 +1,8 @@
-"""A run's folder: whose it is, what lies in it, and writing that is whole or not at all."""
+"""A run's folder: whose it is, and what lies in it."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,14 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from headstart.disk import LOCK, alone, read_json, whole, write_json
 from headstart.errors import OutputError
 from headstart.records import Result
 
 
-def claim(
+@contextlib.contextmanager
+def claimed(
     folder: Path, key: str, asked: Mapping[str, Any], *, resume: bool, overwrite: bool
-) -> Result | None:
-    """Make a folder this run's own; the result that lies there, if the run is finished already.
+) -> Iterator[Result | None]:
+    """Make a folder this run's own, and keep other processes out of it inside the block.
 
     Args:
         folder: need not exist.
@@ -28,34 +28,56 @@ def claim(
         resume: an unfinished run of this key may lie there; it is gone on with.
         overwrite: whatever run lies there makes room.
 
+    Yields:
+        The result that lies there, if the run is finished already; it is only read then.
+
     Raises:
-        OutputError: something else lies there, or it cannot be written to.
+        OutputError: something else lies there, another process is at work, or it cannot be written to.
     """
-    note = folder / "run.json"
+    _refuse_what_is_no_run(folder)
+    finished = _finished(folder, key)
+    if finished is not None:
+        yield finished
+        return
+    with alone(folder, "run"):
+        # Once more: another process may have finished it, or begun another run, a moment ago.
+        finished = _finished(folder, key)
+        if finished is None:
+            _take(folder, key, asked, resume=resume, overwrite=overwrite)
+        yield finished
+
+
+def _refuse_what_is_no_run(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         holds = {entry.name for entry in folder.iterdir()}
     except OSError as error:
         raise OutputError(f"{folder} cannot be used for the run: {error.strerror or error}.") from error
     # A kill or a full disk in the first moment leaves these without a run.json beside them.
-    begun = (".run.json.", "error.txt")
+    begun = (".run.json.", "error.txt", LOCK)
     if "run.json" not in holds and not all(name.startswith(begun) for name in holds):
         raise OutputError(
             f"{folder} holds something else ({', '.join(sorted(holds)[:3])}). "
             "Give an empty or new folder with --out."
         )
-    if "run.json" in holds:
+
+
+def _finished(folder: Path, key: str) -> Result | None:
+    if read_json(folder / "run.json").get("key") != key:
+        return None
+    result = read_result(folder)
+    return result if result is not None and result.status == "finished" else None
+
+
+def _take(folder: Path, key: str, asked: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
+    note = folder / "run.json"
+    if note.exists():
         there = read_json(note).get("key")
-        if there == key:
-            finished = read_result(folder)
-            if finished is not None and finished.status == "finished":
-                return finished
-            if not resume and not overwrite:
-                raise OutputError(
-                    f"{folder} holds this run, unfinished. Go on with --resume, or start over with "
-                    "--overwrite."
-                )
-        elif not overwrite:
+        if not overwrite and there == key and not resume:
+            raise OutputError(
+                f"{folder} holds this run, unfinished. Go on with --resume, or start over with --overwrite."
+            )
+        if not overwrite and there != key:
             raise OutputError(
                 f"{folder} holds another run ({there}; this one is {key}). "
                 "Give another --out, or replace it with --overwrite."
@@ -67,7 +89,6 @@ def claim(
             shutil.rmtree(folder / "model", ignore_errors=True)
     if not note.exists():
         write_json(note, {"key": key, "run": asked})
-    return None
 
 
 def read_result(folder: Path) -> Result | None:
@@ -78,37 +99,7 @@ def read_result(folder: Path) -> Result | None:
         return None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none that can be read."""
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return read if isinstance(read, dict) else {}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write plain data, whole or not at all."""
-    # Paths that are no UTF-8 hold lone surrogates; spelled with a backslash these are JSON's own escapes.
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    with whole(path) as fresh:
-        fresh.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays by name, whole or not at all."""
     with whole(path) as fresh, fresh.open("wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-
-
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A path to write to that becomes `path` when all is written, or never."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield fresh
-        fresh.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path} could not be written: {error.strerror or error}.") from error
-    finally:
-        fresh.unlink(missing_ok=True)

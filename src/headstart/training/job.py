@@ -7,7 +7,7 @@ import platform
 import shlex
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -21,6 +21,7 @@ from torch import nn
 from headstart import registry
 from headstart.data.cache import cache_dir
 from headstart.data.loader import Task, load
+from headstart.disk import read_json, write_json
 from headstart.errors import ConfigError, HeadstartError, MethodError, OutputError, TrainingError
 from headstart.method import Method
 from headstart.nets import recipe as recipes
@@ -35,7 +36,7 @@ from headstart.ship.calibration import Calibration, calibrate
 from headstart.ship.predict import Prediction, Predictor
 from headstart.ship.predict import load as load_model
 from headstart.training.events import Reporter
-from headstart.training.folder import claim, read_json, write_json, write_npz
+from headstart.training.folder import claimed, write_npz
 from headstart.training.loop import fit
 from headstart.training.machine import Machine, Placed
 from headstart.training.score import predictions, score
@@ -233,26 +234,29 @@ def execute(
     """
     reporter = reporter or Reporter()
     machine = Machine(prepared.run.device, prepared.run.precision)
-    finished = None
-    if machine.main:
-        asked = prepared.run.model_dump(mode="json")
-        finished = claim(folder, prepared.key, asked, resume=resume, overwrite=overwrite)
-    finished = machine.from_main(finished)  # the others look at the folder once it is this run's
-    if finished is not None:
-        reporter.say(f"{folder} is finished already")
-        return finished
-    try:
-        return _execute(prepared, folder, machine, reporter)
-    except torch.OutOfMemoryError as error:
-        reason = TrainingError(
-            f"Out of memory on {machine.device}. Use a smaller --batch-size, or the same in more "
-            f"micro-batches with --grad-accum {max(2, prepared.run.grad_accum * 2)}."
-        )
-        _leave_failed(folder, prepared, reason, machine)
-        raise reason from error
-    except HeadstartError as error:
-        _leave_failed(folder, prepared, error, machine)
-        raise
+    with ExitStack() as held:
+        finished = None
+        if machine.main:
+            asked = prepared.run.model_dump(mode="json")
+            finished = held.enter_context(
+                claimed(folder, prepared.key, asked, resume=resume, overwrite=overwrite)
+            )
+        finished = machine.from_main(finished)  # the others look at the folder once it is this run's
+        if finished is not None:
+            reporter.say(f"{folder} is finished already")
+            return finished
+        try:
+            return _execute(prepared, folder, machine, reporter)
+        except torch.OutOfMemoryError as error:
+            reason = TrainingError(
+                f"Out of memory on {machine.device}. Use a smaller --batch-size, or the same in more "
+                f"micro-batches with --grad-accum {max(2, prepared.run.grad_accum * 2)}."
+            )
+            _leave_failed(folder, prepared, reason, machine)
+            raise reason from error
+        except HeadstartError as error:
+            _leave_failed(folder, prepared, error, machine)
+            raise
 
 
 def _execute(prepared: Prepared, folder: Path, machine: Machine, reporter: Reporter) -> Result:

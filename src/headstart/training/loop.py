@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from headstart.disk import write_text
 from headstart.errors import TrainingError
 from headstart.method import Loss, Method
 from headstart.records import Keep, PhaseTime, Recipe
@@ -94,7 +95,7 @@ def fit(
 
     Raises:
         TrainingError: the loss is not a number any more; says at which step.
-        OutputError: a checkpoint could not be written.
+        OutputError: a checkpoint or the metrics could not be written.
     """
     reporter = reporter or Reporter()
     checkpoint = Checkpoint(folder) if folder is not None else None
@@ -269,6 +270,4 @@ def _validate(method: Method, val: Iterable[tuple[Tensor, Tensor]], after: str) 
 
 def _write_metrics(path: Path, history: list[dict[str, Any]]) -> None:
     """One line per epoch, written whole: after a resume no epoch stands there twice."""
-    fresh = path.with_suffix(".new")
-    fresh.write_text("".join(json.dumps(record) + "\n" for record in history), encoding="utf-8")
-    fresh.replace(path)
+    write_text(path, "".join(json.dumps(record) + "\n" for record in history))
