@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 from made_up import MadeUp
 
+from headstart.comparison.ledger import Entry
 from headstart.comparison.runner import Comparison, compare
+from headstart.comparison.statistics import wilson
 from headstart.comparison.verdict import Verdict, judge, read
+from headstart.records import Run
 
 
 def judged(tmp_path: Path, world: MadeUp, methods: str = "probe,full,lp-ft", seeds: int = 3) -> Comparison:
@@ -21,7 +24,7 @@ def test_a_tie_takes_the_cheapest(tmp_path: Path) -> None:
     )
     assert found.judgement.take is not None
     assert found.judgement.take.method == "probe"
-    assert [row["call"] for row in found.table] == ["tie", "baseline", "tie"]
+    assert [row["call"] for row in found.table] == ["no evidence", "baseline", "no evidence"]
 
 
 def test_one_test_split_for_all_seeds_is_said_as_such(tmp_path: Path) -> None:
@@ -41,7 +44,7 @@ def test_a_real_difference_is_named_with_its_interval_and_its_time(tmp_path: Pat
     assert row["lp-ft"]["difference"]["mean"] == pytest.approx(0.1)
     assert row["lp-ft"]["difference"]["lo"] > 0
     assert row["lp-ft"]["accuracy"]["lo"] < 0.9 < row["lp-ft"]["accuracy"]["hi"]
-    assert [row[m]["call"] for m in ("probe", "full", "lp-ft")] == ["worse", "baseline", "better"]
+    assert [row[m]["call"] for m in ("probe", "full", "lp-ft")] == ["hurts", "baseline", "helps"]
     assert found.judgement.take is not None
     assert found.judgement.take.method == "lp-ft"
 
@@ -91,7 +94,7 @@ def test_no_difference_is_claimed_whose_interval_holds_zero(tmp_path: Path) -> N
         found = judged(tmp_path / str(n), world, "full,lp-ft", seeds=2)
         row = found.table[1]
         assert row["difference"]["lo"] <= 0 <= row["difference"]["hi"]
-        assert row["call"] == "tie"
+        assert row["call"] == "no evidence"
         assert "Tie: full and lp-ft" in found.verdict
 
 
@@ -104,13 +107,83 @@ def test_the_shipped_run_is_the_best_on_validation_of_its_method(tmp_path: Path)
     assert found.verdict.startswith("Only probe finished: ")
 
 
-def test_one_seed_is_said_and_few_pictures_too(tmp_path: Path) -> None:
-    found = judged(tmp_path, MadeUp(exact=True, n=30), seeds=1)
-    notes = " ".join(found.judgement.notes)
-    assert "One seed" in notes
-    assert "30 test pictures are too few" in notes
-    assert "on these 30 test pictures" in found.verdict
-    assert found.table[0]["accuracy_over_seeds"] is None
+def test_with_one_seed_nothing_is_claimed_of_methods(tmp_path: Path) -> None:
+    world = MadeUp(exact=True, n=200)
+    world.right |= {"probe": 0.5, "full": 0.8}
+    found = judged(tmp_path, world, seeds=1)
+    verdict = found.judgement
+    assert verdict.caution is not None
+    assert verdict.caution.startswith("One seed: ")
+    assert "no difference between methods is claimed" in verdict.sentence
+    assert verdict.intervals.startswith("95 % of Wilson")
+    row = {row.method: row for row in verdict.rows}
+    assert row["probe"].observed == pytest.approx(-0.3)
+    assert (row["probe"].difference, row["probe"].call, row["probe"].better) == (None, None, None)
+    assert row["probe"].p_mcnemar is not None
+    assert row["probe"].p_mcnemar < 0.001
+    alone = wilson(160, 200)
+    assert row["full"].accuracy is not None
+    assert (row["full"].accuracy.lo, row["full"].accuracy.hi) == pytest.approx((alone.lo, alone.hi), abs=1e-6)
+    assert row["full"].accuracy_over_seeds is None
+    assert verdict.take is not None
+
+
+def test_a_test_split_that_can_show_nothing_is_said_first(tmp_path: Path) -> None:
+    caution = judged(tmp_path / "30", MadeUp(n=30)).judgement.caution
+    assert caution is not None
+    assert caution.startswith("This test split is too small to show most differences: less than ")
+    assert judged(tmp_path / "2000", MadeUp(exact=True, n=2000)).judgement.caution is None
+
+
+def test_a_row_says_how_likely_it_is_better_what_it_costs_and_every_test_by_name(tmp_path: Path) -> None:
+    world = MadeUp(exact=True, n=400)
+    world.right |= {"probe": 0.6, "full": 0.8, "lp-ft": 0.9}
+    rows = {row.method: row for row in judged(tmp_path, world).judgement.rows}
+    assert (rows["lp-ft"].better or 0) > 0.975
+    assert rows["probe"].better is not None
+    assert rows["probe"].better < 0.025
+    assert rows["lp-ft"].p_over_seeds is not None
+    assert rows["lp-ft"].difference_over_seeds is not None
+    assert rows["full"].better is None
+    assert {name for name, row in rows.items() if row.front} == {"probe", "full", "lp-ft"}
+    marks = rows["full"].marks
+    assert marks is not None
+    assert (marks.balanced_accuracy, marks.calibration_error) == (0.5, None)
+
+
+def test_a_method_that_costs_more_for_less_is_not_on_the_front(tmp_path: Path) -> None:
+    world = MadeUp(exact=True, n=100)
+    world.right |= {"probe": 0.9, "full": 0.8}
+    rows = judged(tmp_path, world, "probe,full").judgement.rows
+    assert {row.method for row in rows if row.front} == {"probe"}
+
+
+def test_every_run_has_wilsons_interval_and_the_winner_its_luck(tmp_path: Path) -> None:
+    verdict = judged(tmp_path, MadeUp()).judgement
+    assert len(verdict.runs) == 9
+    first = verdict.runs[0]
+    found = wilson(round(first.accuracy.mean * 150), 150)
+    assert (first.accuracy.lo, first.accuracy.hi) == pytest.approx((found.lo, found.hi), abs=1e-6)
+    assert verdict.luck is not None
+    assert verdict.luck.candidates == 3
+    assert verdict.luck.naive > verdict.luck.corrected.mean - 0.01
+    assert judged(tmp_path / "one", MadeUp(), "probe").judgement.luck is None
+
+
+def test_what_this_network_cannot_do_is_a_row_and_no_failure() -> None:
+    run = Run(data="pictures", method="spottune")
+    entry = Entry("spottune", run, status="skipped", reason="spottune cannot run here: no blocks.")
+    found = judge([entry], labels=["spottune"], baseline="spottune")
+    assert found.failed == []
+    assert (found.rows[0].skipped, found.rows[0].failed) == (1, 0)
+    assert found.rows[0].reason == found.sentence.removeprefix("No run finished: ")
+
+
+def test_many_methods_against_one_baseline_are_said_to_be_many(tmp_path: Path) -> None:
+    labels = [f"l2-sp[alpha=0.{i}]" for i in range(1, 6)]
+    world = MadeUp(exact=True)
+    notes = judged(tmp_path, world, ",".join(["full", *labels])).judgement.notes
+    assert "5 methods were compared with full, each at 95 %" in " ".join(notes)
 
 
 def test_all_right_everywhere(tmp_path: Path) -> None:

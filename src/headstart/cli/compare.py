@@ -291,8 +291,9 @@ def show(done: Comparison) -> None:
     _table(heads, rows)
     for failure in verdict.failed:
         print(f"{failure.method}, seed {failure.seed}: {failure.reason}")
-    for note in verdict.notes:
-        print(note)
+    for note in [verdict.caution, *verdict.notes]:
+        if note:
+            print(note)
     print(f"\nVerdict:   {verdict.sentence}")
     print(f"Results:   {done.folder}  (verdict.json, results.csv, runs/)")
 

@@ -40,6 +40,7 @@ COMMANDS = {
     "data": Entry("Fetch a named data set as a plain folder of pictures.", "Your pictures"),
     "train": Entry("Fine-tune one network with one method.", "Work", ("--resume",)),
     "compare": Entry("Run several methods over several seeds, and say which to take.", "Work", ()),
+    "report": Entry("Write a comparison as one HTML file that opens offline.", "Work"),
     "predict": Entry("Label pictures with a trained model.", "Work", ()),
     "export": Entry("Turn a run into a bundle that others can use: ONNX, model card, verified.", "Work"),
     "serve": Entry("Serve a model: a page for people, an address for programs.", "Work"),

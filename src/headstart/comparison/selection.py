@@ -14,7 +14,7 @@ little low.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,7 +37,7 @@ class Chosen(NamedTuple):
 
 
 def corrected(
-    runs: Mapping[str, Mapping[int, Answers]], *, draws: int = DRAWS, seed: int = 0
+    runs: Mapping[str, Mapping[Any, Answers]], *, draws: int = DRAWS, seed: int = 0
 ) -> Chosen | None:
     """Bootstrap bias-corrected accuracy of the candidate with the best mean over the seeds.
 

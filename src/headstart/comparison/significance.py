@@ -55,19 +55,19 @@ def corrected_t(differences: Sequence[float], test_share: float) -> Tested | Non
         test_share: n_test / n_train; 0 gives Student's own test, for splits that have nothing in common.
 
     Returns:
-        None for fewer than two splits.
+        None for fewer than two splits, and where all differ by the same to the last bit: a spread of nothing
+        is no estimate of one.
     """
     k = len(differences)
     if k < 2:
         return None
     mean, variance = float(np.mean(differences)), float(np.var(differences, ddof=1))
+    if variance < 1e-18:
+        return None
     error = (variance * (1 / k + test_share)) ** 0.5
     half = float(stats.t.ppf(0.975, k - 1)) * error
-    if error == 0:  # all splits agree to the last bit: with a mean of zero there is nothing to test
-        p, statistic = (1.0, 0.0) if mean == 0 else (0.0, float(np.copysign(np.inf, mean)))
-    else:
-        statistic = mean / error
-        p = float(2 * stats.t.sf(abs(statistic), k - 1))
+    statistic = mean / error
+    p = float(2 * stats.t.sf(abs(statistic), k - 1))
     return Tested(statistic, p, Interval(mean, mean - half, mean + half))
 
 

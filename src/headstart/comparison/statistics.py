@@ -51,8 +51,8 @@ wide. Leaving out the seeds covers 75 to 93 % where they move a run by two point
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,13 +120,14 @@ class Resampled:
     """The same draws of pictures for all runs of a comparison.
 
     Args:
-        runs: answers by method and seed. Runs of one seed are of the same pictures in the same order.
+        runs: answers by method and seed, or by split and seed. Runs of one seed are of the same pictures in
+            the same order.
         draws: how many.
         seed: of the draws; the same answers give the same intervals.
     """
 
     def __init__(
-        self, runs: Mapping[str, Mapping[int, Answers]], *, draws: int = DRAWS, seed: int = 0
+        self, runs: Mapping[str, Mapping[Any, Answers]], *, draws: int = DRAWS, seed: int = 0
     ) -> None:
         self._runs = runs
         self._rng = np.random.default_rng(seed)
@@ -188,11 +189,11 @@ class Resampled:
             Interval(found.mean, max(-1.0, found.lo), min(1.0, found.hi)), float((moved > 0).mean())
         )
 
-    def shared(self, method: str, other: str) -> list[int]:
+    def shared(self, method: str, other: str) -> list[Any]:
         """The seeds that both methods have."""
         return [s for s in self._runs[method] if s in self._runs[other]]
 
-    def point(self, method: str, seed: int) -> float:
+    def point(self, method: str, seed: Hashable) -> float:
         """Accuracy of one run."""
         return float(self._runs[method][seed].right.mean())
 
@@ -216,11 +217,11 @@ class Resampled:
             parts.append(weights @ kinds)
         return np.concatenate(parts)
 
-    def _sum(self, method: str, seed: int) -> NDArray[np.float32]:
+    def _sum(self, method: str, seed: Hashable) -> NDArray[np.float32]:
         return self._sums[:, self._columns[method, seed]]
 
     def _share(
-        self, weight: NDArray[np.float32], prior: NDArray[np.float64], seed: int, distinct: int
+        self, weight: NDArray[np.float32], prior: NDArray[np.float64], seed: Hashable, distinct: int
     ) -> NDArray[np.float64]:
         """Weighted share in one seed; of the prior's pictures it gets its part of the distinct ones."""
         part = len(self._pictures[seed]) / distinct
@@ -228,7 +229,7 @@ class Resampled:
         share: NDArray[np.float64] = (weight + part * prior) / total
         return share
 
-    def _distinct(self, seeds: list[int]) -> int:
+    def _distinct(self, seeds: list[Any]) -> int:
         return len(np.unique(np.concatenate([self._pictures[s] for s in seeds])))
 
     def _moved(

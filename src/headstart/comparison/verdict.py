@@ -3,14 +3,16 @@
 Two questions, and each is asked of its own pictures.
 
 Which model is taken? Validation decides, alone. The leader is the method with the highest mean validation
-accuracy over the seeds. Every method whose paired 95 % interval to the leader holds zero ties with it, and
-the cheapest of these (seconds of a run) is taken. Of its runs, the one with the best validation accuracy
-is shipped; at the same accuracy the one with the lower log-loss, then the lower seed. Test pictures play
-no part in this, so their accuracy of the shipped method is not a best of several.
+accuracy over the repetitions (a repetition is one split with one seed). Every method whose paired 95 %
+interval to the leader holds zero ties with it, and the cheapest of these (seconds of a run) is taken. Of
+its runs, the one with the best validation accuracy is shipped; at the same accuracy the one with the lower
+log-loss, then the lower seed. Test pictures play no part in this, so their accuracy of the shipped method
+is not a best of several. The validation accuracy of the winner is one; what it is worth is said beside it.
 
 Are the differences real? The test split says, once: accuracy with its interval, the paired difference to
-the baseline with its interval, and "better", "worse" or "tie" for an interval above, below or around zero.
-No difference whose interval holds zero is called one.
+the baseline with its interval, and "helps", "hurts" or "no evidence" for an interval above, below or
+around zero. No difference whose interval holds zero is called one. With a single repetition no difference
+is called anything: what another seed would have done was not measured.
 
 The two can disagree. Where the test pictures show another method to be better than the one taken, the
 sentence says so, and leaves the choice as it is.
@@ -22,93 +24,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-from pydantic import Field
 
-from headstart.comparison.ledger import Entry
-from headstart.comparison.statistics import Interval, Resampled, over_seeds
-from headstart.records import Record, Result
+from headstart.comparison.ledger import At, Entry
+from headstart.comparison.selection import corrected
+from headstart.comparison.significance import corrected_t, mcnemar
+from headstart.comparison.statistics import Interval, Resampled, over_seeds, wilson
+from headstart.judgement import Call, Choice, Failure, Luck, Marks, Range, Row, Scored, Verdict, read
+from headstart.records import Result
 
-Call = Literal["baseline", "better", "tie", "worse"]
+__all__ = ["Choice", "Failure", "Range", "Row", "Verdict", "judge", "read"]
 
 INTERVALS = (
     "95 %, over test pictures (bootstrap, the same pictures for all methods) and over seeds "
     "(t, with a prior of one point from seed to seed worth one seed)"
 )
-
-
-class Range(Record):
-    """A mean with its 95 % interval, as shares: 0.05 is five points."""
-
-    mean: float
-    lo: float
-    hi: float
-
-    @classmethod
-    def of(cls, interval: Interval | None) -> Range | None:
-        """Rounded, so that the last bits of a sum's order do not show; None stays None."""
-        if interval is None:
-            return None
-        return cls(**{name: round(value, 6) for name, value in interval._asdict().items()})
-
-
-class Row(Record):
-    """One method."""
-
-    method: str = Field(description="as it was asked for: 'l2-sp', or 'l2-sp:paper'")
-    seeds: list[int] = Field(description="the seeds that finished")
-    accuracy: Range | None = Field(None, description="on the test split, mean over the seeds")
-    accuracy_over_seeds: Range | None = Field(None, description="Student's interval over the seeds' means")
-    difference: Range | None = Field(None, description="accuracy minus the baseline's, in shared seeds")
-    difference_over_seeds: Range | None = None
-    call: Call | None = Field(None, description="against the baseline; None where that can't be said")
-    val_accuracy: float | None = Field(None, description="on the validation split, mean over the seeds")
-    seconds: float | None = Field(None, description="of one run, mean over the seeds")
-    peak_memory_mb: float | None = Field(None, description="largest over the seeds")
-    trained: int | None = None
-    shipped: int | None = None
-    failed: int = Field(0, description="runs that failed")
-    reason: str | None = Field(None, description="why the first of these failed")
-
-
-class Choice(Record):
-    """What to take."""
-
-    method: str
-    run: str = Field(description="name of the run's folder, which lies under runs/")
-    seed: int
-    why: str
-
-
-class Failure(Record):
-    """A run that failed; it is tried again by the same call."""
-
-    method: str
-    seed: int
-    reason: str
-    folder: str | None = None
-
-
-class Verdict(Record):
-    """The outcome of a comparison; `verdict.json` holds it."""
-
-    format: int = 1
-    sentence: str
-    take: Choice | None = None
-    baseline: str | None = Field(None, description="what `difference` and `call` are against")
-    rows: list[Row]
-    failed: list[Failure] = Field(default_factory=list)
-    pending: int = Field(0, description="runs that are still to come; above 0: the sentence may change")
-    n_test: list[int] = Field(default_factory=list, description="test pictures, seed by seed")
-    n_val: list[int] = Field(default_factory=list)
-    distinct_test: int = Field(0, description="different test pictures over all seeds")
-    smallest_difference: float | None = Field(
-        None, description="median half width of the paired intervals: less than this could not be seen"
-    )
-    intervals: str = INTERVALS
-    notes: list[str] = Field(default_factory=list)
+_ONE_SEED = "95 % of Wilson, over test pictures only: of this one trained model, not of the method"
+TOO_SMALL = 0.05  # a smallest difference that no difference between sound methods is likely to reach
 
 
 def judge(entries: Sequence[Entry], *, labels: Sequence[str], baseline: str) -> Verdict:
@@ -130,26 +63,35 @@ def judge(entries: Sequence[Entry], *, labels: Sequence[str], baseline: str) -> 
         for entry in entries
         if entry.status == "failed"
     ]
+    skipped = [entry for entry in entries if entry.status == "skipped"]
     pending = sum(entry.status in ("pending", "interrupted") for entry in entries)
     if not finished:
-        reasons = sorted({failure.reason for failure in failed})
+        reasons = sorted({failure.reason for failure in failed} | {entry.reason or "" for entry in skipped})
         sentence = "No run has finished yet." if pending else f"No run finished: {' '.join(reasons)}"
         return Verdict(
             sentence=sentence,
-            rows=[_empty(label, failed) for label in labels],
+            rows=[_empty(label, failed, skipped) for label in labels],
             failed=failed,
             pending=pending,
         )
-    return _Judge(finished, labels, baseline).verdict(failed, pending, len(entries))
+    return _Judge(finished, labels, baseline, failed, skipped).verdict(pending, len(entries))
 
 
 class _Judge:
     """One look at the finished runs."""
 
-    def __init__(self, finished: list[Entry], labels: Sequence[str], baseline: str) -> None:
-        self.runs: dict[str, dict[int, Entry]] = {}
+    def __init__(
+        self,
+        finished: list[Entry],
+        labels: Sequence[str],
+        baseline: str,
+        failed: list[Failure],
+        skipped: list[Entry],
+    ) -> None:
+        self.failed, self.skipped = failed, skipped
+        self.runs: dict[str, dict[At, Entry]] = {}
         for label in labels:
-            mine = {entry.run.seed: entry for entry in finished if entry.label == label}
+            mine = {entry.at: entry for entry in finished if entry.label == label}
             if mine:
                 self.runs[label] = mine
         self.labels = labels
@@ -158,37 +100,66 @@ class _Judge:
         self.val = self._resampled("val")
         self.asked = baseline
         self.baseline = baseline if baseline in self.runs else next(iter(self.runs))
+        self.repetitions = sorted({at for runs in self.runs.values() for at in runs})
+        self.once = len(self.repetitions) == 1
 
     def _resampled(self, split: str) -> Resampled:
         return Resampled(
             {
-                label: {seed: entry.answers[split] for seed, entry in runs.items()}
+                label: {at: entry.answers[split] for at, entry in runs.items()}
                 for label, runs in self.runs.items()
             }
         )
 
-    def verdict(self, failed: list[Failure], pending: int, asked: int) -> Verdict:
+    def verdict(self, pending: int, asked: int) -> Verdict:
         chosen, leader = self._choose()
-        rows = [self._row(label, failed) for label in self.labels]
-        halves = [(r.difference.hi - r.difference.lo) / 2 for r in rows if r.difference is not None]
-        smallest = round(float(np.median(halves)), 6) if halves else None
+        front = self._front()
+        rows = [self._row(label, label in front) for label in self.labels]
+        smallest = self._smallest()
         sentence = self._sentence(chosen, leader)
         if pending:
             sentence = f"So far ({asked - pending} of {asked} runs): {sentence}"
         self._note(rows)
         return Verdict(
             sentence=sentence,
+            caution=self._caution(smallest),
             take=self._take(chosen, leader),
             baseline=self.baseline,
             rows=rows,
-            failed=failed,
+            runs=[self._scored(label, at) for label, runs in self.runs.items() for at in runs],
+            failed=self.failed,
             pending=pending,
             n_test=self._counts("test"),
             n_val=self._counts("val"),
             distinct_test=self._distinct("test"),
             smallest_difference=smallest,
+            luck=self._luck(),
+            intervals=_ONE_SEED if self.once else INTERVALS,
             notes=self.notes,
         )
+
+    def _smallest(self) -> float | None:
+        against = [
+            self.test.difference(label, self.baseline) for label in self.runs if label != self.baseline
+        ]
+        halves = [difference.half_width for difference in against if difference is not None]
+        return round(float(np.median(halves)), 6) if halves else None
+
+    def _luck(self) -> Luck | None:
+        """What the winner's validation accuracy is worth; with one method there was nothing to choose."""
+        if len(self.runs) < 2:
+            return None
+        found = corrected(
+            {
+                label: {at: entry.answers["val"] for at, entry in runs.items()}
+                for label, runs in self.runs.items()
+            }
+        )
+        if found is None:
+            return None
+        of = _range(found.corrected)
+        assert of is not None
+        return Luck(naive=round(found.naive, 6), corrected=of, candidates=found.candidates)
 
     # ------------------------------------------------------------------ which: validation alone
 
@@ -197,9 +168,9 @@ class _Judge:
         common = set.intersection(*(set(runs) for runs in self.runs.values()))
 
         def standing(label: str) -> tuple[float, float, float]:
-            seeds = [seed for seed in self.runs[label] if not common or seed in common]
-            accuracy = float(np.mean([self.val.point(label, seed) for seed in seeds]))
-            log_loss = float(np.mean([_val(self._result(label, seed))[1] for seed in seeds]))
+            shared = [at for at in self.runs[label] if not common or at in common]
+            accuracy = float(np.mean([self.val.point(label, at) for at in shared]))
+            log_loss = float(np.mean([_val(self._result(label, at))[1] for at in shared]))
             return -round(accuracy, 9), log_loss, self._seconds(label)
 
         leader = min(self.runs, key=standing)
@@ -209,11 +180,11 @@ class _Judge:
     def _take(self, chosen: str, leader: str) -> Choice:
         runs = self.runs[chosen]
 
-        def standing(seed: int) -> tuple[float, float, int]:
-            accuracy, log_loss = _val(self._result(chosen, seed))
-            return -accuracy, log_loss, seed
+        def standing(at: At) -> tuple[float, float, At]:
+            accuracy, log_loss = _val(self._result(chosen, at))
+            return -accuracy, log_loss, at
 
-        seed = min(runs, key=standing)
+        at = min(runs, key=standing)
         if len(self.runs) == 1:
             why = "the only method that finished"
         elif chosen == leader:
@@ -222,7 +193,7 @@ class _Judge:
             why = f"the cheapest of those that tie with {leader}, the best on validation"
         if len(runs) > 1:
             why += f"; of its {len(runs)} runs, the best on validation"
-        return Choice(method=chosen, run=Path(runs[seed].folder or "").name, seed=seed, why=why)
+        return Choice(method=chosen, run=Path(runs[at].folder or "").name, seed=at.seed, why=why)
 
     def _ties(self, where: Resampled, label: str, other: str) -> bool:
         difference = where.difference(label, other)
@@ -230,54 +201,116 @@ class _Judge:
 
     # ------------------------------------------------------------------ how much: the test split
 
-    def _row(self, label: str, failed: list[Failure]) -> Row:
-        empty = _empty(label, failed)
+    def _row(self, label: str, front: bool) -> Row:
+        empty = _empty(label, self.failed, self.skipped)
         if label not in self.runs:
             return empty
         runs = self.runs[label]
-        results = [self._result(label, seed) for seed in runs]
-        difference, by_seed, call = None, None, None
-        if label == self.baseline:
-            call = "baseline"
-        else:
-            difference = self.test.difference(label, self.baseline)
-            by_seed = over_seeds(
-                [
-                    self.test.point(label, seed) - self.test.point(self.baseline, seed)
-                    for seed in self.test.shared(label, self.baseline)
-                ]
-            )
-            if difference is not None:
-                call = {1: "better", 0: "tie", -1: "worse"}[difference.sign]
+        results = [self._result(label, at) for at in runs]
         memory = [result.peak_memory_mb for result in results if result.peak_memory_mb is not None]
+        speeds = [result.ms_per_image for result in results if result.ms_per_image is not None]
         parameters = [result.parameters for result in results if result.parameters is not None]
-        return Row.model_validate(
-            {
-                "method": label,
-                "seeds": list(runs),
-                "accuracy": Range.of(self.test.accuracy(label)),
-                "accuracy_over_seeds": Range.of(over_seeds([self.test.point(label, seed) for seed in runs])),
-                "difference": Range.of(difference),
-                "difference_over_seeds": Range.of(by_seed),
-                "call": call,
-                "val_accuracy": round(float(np.mean([self.val.point(label, seed) for seed in runs])), 6),
+        flops = [result.flops for result in results if result.flops is not None]
+        return empty.model_copy(
+            update={
+                "seeds": [at.seed for at in runs],
+                "accuracy": _range(self._accuracy(label)),
+                "accuracy_over_seeds": _range(over_seeds([self.test.point(label, at) for at in runs])),
+                "marks": _marks(results),
+                "val_accuracy": round(float(np.mean([self.val.point(label, at) for at in runs])), 6),
                 "seconds": round(self._seconds(label), 2),
                 "peak_memory_mb": max(memory) if memory else None,
+                "ms_per_image": round(float(np.median(speeds)), 3) if speeds else None,
                 "trained": parameters[0].trained if parameters else None,
                 "shipped": parameters[0].shipped if parameters else None,
-                "failed": empty.failed,
-                "reason": empty.reason,
+                "flops": max(flops) if flops else None,
+                "front": front,
+                **self._against(label),
             }
         )
 
+    def _accuracy(self, label: str) -> Interval:
+        """Over pictures and seeds; with one seed over pictures, by Wilson."""
+        if not self.once:
+            return self.test.accuracy(label)
+        right = self.runs[label][self.repetitions[0]].answers["test"].right
+        return wilson(int(right.sum()), len(right))
+
+    def _against(self, label: str) -> dict[str, object]:
+        """The fields of a row that are about the baseline."""
+        if label == self.baseline:
+            return {"call": "baseline"}
+        shared = self.test.shared(label, self.baseline)
+        difference = self.test.difference(label, self.baseline)
+        if difference is None:
+            return {}
+        found: dict[str, object] = {"observed": round(difference.mean, 6)}
+        if self.once:
+            mine, base = (self.runs[each][shared[0]].answers["test"].right for each in (label, self.baseline))
+            return found | {"p_mcnemar": round(mcnemar(mine, base), 6)}
+        calls: dict[int, Call] = {1: "helps", 0: "no evidence", -1: "hurts"}
+        found |= {
+            "difference": _range(difference),
+            "better": round(self.test.better(label, self.baseline) or 0.0, 4),
+            "call": calls[difference.sign],
+        }
+        tested = self._tested(label, shared)
+        if tested is not None:
+            found |= {"difference_over_seeds": _range(tested[0]), "p_over_seeds": round(tested[1], 6)}
+        return found
+
+    def _tested(self, label: str, shared: list[At]) -> tuple[Interval, float] | None:
+        """The corrected resampled t over the splits; over the seeds where there is but one split."""
+        gaps: dict[int, list[float]] = {}
+        for at in shared:
+            gaps.setdefault(at.split, []).append(
+                self.test.point(label, at) - self.test.point(self.baseline, at)
+            )
+        if len(gaps) == 1:
+            tested = corrected_t(next(iter(gaps.values())), 0.0)
+        else:
+            share = float(np.mean([self._test_share(label, at) for at in shared]))
+            tested = corrected_t([float(np.mean(each)) for each in gaps.values()], share)
+        return None if tested is None else (tested.interval, tested.p)
+
+    def _test_share(self, label: str, at: At) -> float:
+        """Test pictures per training picture."""
+        entry = self.runs[label][at]
+        n_train = entry.result.n_train if entry.result is not None else None
+        if not n_train:  # a result of an older version
+            return entry.run.split[2] / entry.run.split[0]
+        return len(entry.answers["test"].right) / n_train
+
+    def _front(self) -> set[str]:
+        """The methods that no other beats in both accuracy and seconds (Pareto)."""
+        at = {label: (self._accuracy(label).mean, -self._seconds(label)) for label in self.runs}
+        return {
+            label
+            for label, mine in at.items()
+            if not any(
+                other != mine and all(o >= m for o, m in zip(other, mine, strict=True))
+                for other in at.values()
+            )
+        }
+
+    def _scored(self, label: str, at: At) -> Scored:
+        entry = self.runs[label][at]
+        right = entry.answers["test"].right
+        accuracy = _range(wilson(int(right.sum()), len(right)))
+        assert accuracy is not None
+        run = Path(entry.folder or "").name
+        return Scored(method=label, seed=at.seed, split=at.split, run=run, accuracy=accuracy)
+
     def _sentence(self, chosen: str, leader: str) -> str:
         others = [label for label in self.runs if label != chosen]
-        accuracy = self.test.accuracy(chosen)
+        accuracy = self._accuracy(chosen)
         if not others:
             return (
                 f"Only {chosen} finished: {accuracy.mean:.1%} on {self._pictures('test')} "
                 f"(95 % interval {accuracy.lo:.1%} to {accuracy.hi:.1%}), with nothing to compare it with."
             )
+        if self.once:
+            return self._unclaimed(chosen, leader)
         against = {label: self.test.difference(label, chosen) for label in others}
         better = sorted((d, label) for label, d in against.items() if d is not None and d.sign > 0)
         worse = sorted((d, label) for label, d in against.items() if d is not None and d.sign < 0)
@@ -298,6 +331,20 @@ class _Judge:
         for gap, label in worse:
             text += f" {label} is worse: {self._gap(gap)}."
         return text
+
+    def _unclaimed(self, chosen: str, leader: str) -> str:
+        """With one seed a model can be taken, but nothing said about methods."""
+        how = (
+            "the best on validation"
+            if chosen == leader
+            else f"the cheapest of those that validation can't tell from {leader}"
+        )
+        accuracy = self._accuracy(chosen)
+        return (
+            f"Take {chosen}, {how} ({_time(self._seconds(chosen))}): {accuracy.mean:.1%} on "
+            f"{self._pictures('test')} (95 % interval {accuracy.lo:.1%} to {accuracy.hi:.1%} for this "
+            "model). With one seed no difference between methods is claimed."
+        )
 
     def _tie(self, chosen: str, leader: str, tied: list[str]) -> str:
         equal = [label for label in self.runs if label == chosen or label in tied]
@@ -343,31 +390,47 @@ class _Judge:
         return f"the {len(counts)} splits' {per_seed} {what} each"
 
     def _counts(self, split: str) -> list[int]:
-        by_seed = {s: len(e.answers[split].right) for runs in self.runs.values() for s, e in runs.items()}
-        return [by_seed[seed] for seed in sorted(by_seed)]
+        by = {
+            at: len(entry.answers[split].right) for runs in self.runs.values() for at, entry in runs.items()
+        }
+        return [by[at] for at in sorted(by)]
 
     def _distinct(self, split: str) -> int:
         hashes = [entry.answers[split].hashes for runs in self.runs.values() for entry in runs.values()]
         return len(np.unique(np.concatenate(hashes)))
 
     def _seconds(self, label: str) -> float:
-        return float(np.mean([self._result(label, seed).seconds for seed in self.runs[label]]))
+        return float(np.mean([self._result(label, at).seconds for at in self.runs[label]]))
 
-    def _result(self, label: str, seed: int) -> Result:
-        result = self.runs[label][seed].result
+    def _result(self, label: str, at: At) -> Result:
+        result = self.runs[label][at].result
         assert result is not None, "a finished run has a result"
         return result
+
+    def _caution(self, smallest: float | None) -> str | None:
+        """What a reader must know before the first number."""
+        said = []
+        if self.once:
+            said.append(
+                "One seed: what another seed or split would have changed was not measured, so no difference "
+                "between methods is claimed. Use --seeds 3 or more."
+            )
+        fewest = min(self._counts("test"))
+        if smallest is not None and smallest > TOO_SMALL:
+            factor = (smallest / 0.02) ** 2
+            said.append(
+                f"This test split is too small to show most differences: less than "
+                f"{100 * smallest:.0f} points could not be seen, and sound methods usually lie one to three "
+                f"points apart. To see two points takes about {factor:.0f} times as many test pictures."
+            )
+        elif fewest < 50:
+            said.append(f"{fewest} test pictures are too few: only very large differences show.")
+        return " ".join(said) or None
 
     def _note(self, rows: list[Row]) -> None:
         if self.baseline != self.asked:
             self.notes.append(f"{self.asked} has no finished run; compared with {self.baseline} instead.")
-        seeds = {seed for runs in self.runs.values() for seed in runs}
-        if len(seeds) == 1:
-            self.notes.append(
-                "One seed: the intervals cover the choice of pictures; what the seed does is assumed "
-                "(one point), not measured. Use --seeds 3 or more."
-            )
-        uneven = [row.method for row in rows if row.seeds and len(row.seeds) < len(seeds)]
+        uneven = [row.method for row in rows if row.seeds and len(row.seeds) < len(self.repetitions)]
         if uneven:
             self.notes.append(
                 f"{_listed(uneven)} did not finish with every seed; differences are over the seeds both have."
@@ -375,9 +438,11 @@ class _Judge:
         epochs = {entry.run.epochs for runs in self.runs.values() for entry in runs.values()}
         if len(epochs) > 1:
             self.notes.append("The runs were not asked for the same number of epochs.")
-        if min(self._counts("test")) < 50:
+        claims = sum(row.call in ("helps", "hurts", "no evidence") for row in rows)
+        if claims > 4:
             self.notes.append(
-                f"{min(self._counts('test'))} test pictures are too few: only very large differences show."
+                f"{claims} methods were compared with {self.baseline}, each at 95 %: if none of them "
+                f"differed, about {claims / 20:.1f} would be called different all the same."
             )
 
 
@@ -386,10 +451,37 @@ def _val(result: Result) -> tuple[float, float]:
     return result.val.accuracy, result.val.log_loss
 
 
-def _empty(label: str, failed: list[Failure]) -> Row:
+def _empty(label: str, failed: list[Failure], skipped: list[Entry]) -> Row:
     """The row of a method of which nothing finished."""
     reasons = [failure.reason for failure in failed if failure.method == label]
-    return Row(method=label, seeds=[], failed=len(reasons), reason=reasons[0] if reasons else None)
+    unfit = [entry.reason or "" for entry in skipped if entry.label == label]
+    said = [*reasons, *unfit]
+    return Row(
+        method=label,
+        seeds=[],
+        failed=len(reasons),
+        skipped=len(unfit),
+        reason=said[0] if said else None,
+    )
+
+
+def _marks(results: Sequence[Result]) -> Marks | None:
+    scores = [result.test for result in results if result.test is not None]
+    if not scores:
+        return None
+
+    def mean(name: str) -> float | None:
+        values = [getattr(score, name) for score in scores]
+        return None if None in values else round(float(np.mean(values)), 6)
+
+    return Marks(**{name: mean(name) for name in Marks.model_fields})
+
+
+def _range(interval: Interval | None) -> Range | None:
+    """Rounded, so that the last bits of a sum's order do not show; None stays None."""
+    if interval is None:
+        return None
+    return Range(**{name: round(value, 6) for name, value in interval._asdict().items()})
 
 
 def _listed(labels: Sequence[str]) -> str:
@@ -402,8 +494,3 @@ def _time(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def read(folder: Path) -> Verdict:
-    """Read a comparison's verdict.json."""
-    return Verdict.model_validate_json((folder / "verdict.json").read_text(encoding="utf-8"))

@@ -26,8 +26,8 @@ from headstart.errors import ConfigError, HeadstartError, MethodError, OutputErr
 from headstart.method import Method
 from headstart.nets import recipe as recipes
 from headstart.nets import zoo
-from headstart.parts.flops import flops
 from headstart.parts.frozen import fingerprint
+from headstart.parts.operations import flops
 from headstart.parts.statistics import has_batchnorm
 from headstart.parts.viewed import Viewed
 from headstart.records import Fingerprints, Parameters, Recipe, Result, Run

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from headstart.parts.flops import flops
+from headstart.parts.operations import flops
 
 
 def test_a_convolution_and_a_linear_layer_by_hand() -> None:
