@@ -190,6 +190,7 @@ def cost(evidence: Evidence) -> Figure | None:
         return None
     first = next(iter(known))
     traces = []
+    beside = np.argsort(np.argsort([float(value or 0) for value in known[first]], kind="stable"))
     for i, row in enumerate(rows):
         assert row.accuracy is not None
         at = places[row.method]
@@ -197,6 +198,7 @@ def cost(evidence: Evidence) -> Figure | None:
             {
                 "type": "scatter",
                 "mode": "markers+text",
+                "cliponaxis": False,
                 "x": [known[first][i]],
                 "y": [number(100 * row.accuracy.mean)],
                 "error_y": {
@@ -205,11 +207,11 @@ def cost(evidence: Evidence) -> Figure | None:
                     "array": [number(100 * (row.accuracy.hi - row.accuracy.mean))],
                     "arrayminus": [number(100 * (row.accuracy.mean - row.accuracy.lo))],
                     "color": colour(at),
-                    "thickness": 1.2,
+                    "thickness": 0.7,
                     "width": 4,
                 },
                 "text": [plain(short(row.method, 20))],
-                "textposition": "middle right",
+                "textposition": ("middle right", "top right", "bottom right")[beside[i] % 3],
                 "marker": {"color": colour(at), "symbol": marker(at), "size": 13},
                 "name": plain(row.method),
                 "showlegend": False,
@@ -238,6 +240,7 @@ def cost(evidence: Evidence) -> Figure | None:
         {
             "xaxis": axis(first, rangemode="tozero"),
             "yaxis": axis("test accuracy, %"),
+            "margin": {"l": 52, "r": 96, "t": 16, "b": 44},
             "front": True,
         },
         ["method", "accuracy", "seconds", "peak memory", "trained", "shipped", "FLOPs", "ms per picture"],
@@ -360,50 +363,79 @@ def training(evidence: Evidence) -> Figure | None:
 
 
 def losses(evidence: Evidence) -> list[Figure]:
-    """For each method its training loss, taken apart."""
-    found = []
+    """For each method its training loss, taken apart; those of one part share a figure."""
+    found, single = [], []
     for at, label in enumerate(evidence.labels):
         runs_ = evidence.of(label)
         names = _parts(runs_)
-        if not names:
-            continue
-        traces: list[dict[str, Any]] = []
-        ends = []
-        for i, name in enumerate(names):
-            mean = _mean(runs_, name)
-            traces.append(
-                {
-                    "type": "scatter",
-                    "mode": "lines",
-                    "stackgroup": "parts",
-                    "x": list(range(1, len(mean) + 1)),
-                    "y": numbers(mean),
-                    "name": plain(name),
-                    "line": {"color": colour(i), "width": 1},
-                    "hovertemplate": f"{plain(name)}: %{{y:.4g}}<extra></extra>",
-                }
-            )
-            ends.append([name, number(mean[0]), number(mean[-1])])
-        if any((value or 0) < 0 for trace in traces for value in trace["y"]):
-            for trace in traces:  # what falls below zero cannot be stacked
-                del trace["stackgroup"]
-        found.append(
-            Figure(
-                f"loss-{at}",
-                label,
-                f"Training loss of {label}: {listed(names)}.",
-                traces,
-                {
-                    "xaxis": axis("epoch", dtick=_step(traces)),
-                    "yaxis": axis("loss", rangemode="tozero"),
-                    "showlegend": True,
-                },
-                ["part", "first epoch", "last epoch"],
-                ends,
-                height=280,
-            )
-        )
-    return found
+        if len(names) == 1:
+            single.append((at, label, _mean(runs_, names[0])))
+        elif names:
+            found.append(_stacked(at, label, names, [_mean(runs_, name) for name in names]))
+    return [*([_together(single)] if single else []), *found]
+
+
+def _together(single: list[tuple[int, str, list[float | None]]]) -> Figure:
+    traces = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "x": list(range(1, len(mean) + 1)),
+            "y": numbers(mean),
+            "name": plain(short(label)),
+            "line": {"color": colour(at), "width": 2},
+            "marker": {"color": colour(at), "symbol": marker(at), "size": 7},
+            "hovertemplate": f"{plain(label)}, epoch %{{x}}: %{{y:.4g}}<extra></extra>",
+        }
+        for at, label, mean in single
+    ]
+    return Figure(
+        "loss-task",
+        "The task alone",
+        f"Training loss of {listed([label for _, label, _ in single])}, which has no other part.",
+        traces,
+        {
+            "xaxis": axis("epoch", dtick=_step(traces)),
+            "yaxis": axis("loss", rangemode="tozero"),
+            "showlegend": True,
+        },
+        ["method", "first epoch", "last epoch"],
+        [[label, number(mean[0]), number(mean[-1])] for _, label, mean in single],
+        height=300,
+    )
+
+
+def _stacked(at: int, label: str, names: list[str], means: list[list[float | None]]) -> Figure:
+    traces: list[dict[str, Any]] = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "stackgroup": "parts",
+            "x": list(range(1, len(mean) + 1)),
+            "y": numbers(mean),
+            "name": plain(name),
+            "line": {"color": colour(i), "width": 1},
+            "hovertemplate": f"{plain(name)}: %{{y:.4g}}<extra></extra>",
+        }
+        for i, (name, mean) in enumerate(zip(names, means, strict=True))
+    ]
+    if any((value or 0) < 0 for trace in traces for value in trace["y"]):
+        for trace in traces:  # what falls below zero cannot be stacked
+            del trace["stackgroup"]
+    return Figure(
+        f"loss-{at}",
+        label,
+        f"Training loss of {label}: {listed(names)}.",
+        traces,
+        {
+            "xaxis": axis("epoch", dtick=_step(traces)),
+            "yaxis": axis("loss", rangemode="tozero"),
+            "showlegend": True,
+        },
+        ["part", "first epoch", "last epoch"],
+        [[name, number(mean[0]), number(mean[-1])] for name, mean in zip(names, means, strict=True)],
+        height=300,
+    )
 
 
 _NO_PART = {
@@ -552,7 +584,7 @@ def reliability(taken: Seen) -> Figure | None:
         ],
         {
             "xaxis": axis("how sure it was, %", range=[0, 102]),
-            "yaxis": axis("how often it was right, %", range=[0, 102]),
+            "yaxis": axis("how often it was right, %", range=[0, 106]),
         },
         ["sure", "right", "pictures"],
         [
@@ -572,7 +604,7 @@ def coverage(taken: Seen) -> Figure | None:
     order = np.argsort(-sure, kind="stable")
     right = np.cumsum(~said.wrong[order]) / np.arange(1, len(order) + 1)
     share = np.arange(1, len(order) + 1) / len(order)
-    start = max(0, len(order) // 20 - 1)  # of fewer pictures than that a share says nothing
+    start = min(len(order) - 1, max(19, len(order) // 10))  # of fewer pictures a share says nothing
     places = [start + i for i in thinned(range(start, len(order)))]
     half = len(order) // 2
     return Figure(

@@ -31,6 +31,7 @@ class Mistake:
     truth_probability: float
     missed_by: int  # of so many methods
     methods: int
+    suspect: bool  # nobody gets it, though the model is good: perhaps the label is wrong
     thumbnail: str | None  # data: address; None where the file is not there any more
 
 
@@ -75,6 +76,9 @@ def mistakes(evidence: Evidence, taken: Seen, paths: Mapping[str, str]) -> tuple
                 truth_probability=float(said.probabilities[i, said.labels[i]]),
                 missed_by=int(missed[place]),
                 methods=methods,
+                suspect=bool(
+                    methods > 2 and missed[place] == methods and len(wrong) < 0.3 * len(said.labels)
+                ),
                 thumbnail=_thumbnail(root / path) if path else None,
             )
         )

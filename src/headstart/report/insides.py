@@ -42,7 +42,7 @@ def distances(run: Seen, id: str) -> Figure | None:
     table = np.array(
         [[each["distance"]["layers"].get(name, np.nan) for each in seen] for name in layers], float
     )
-    names, table = _gathered(layers, table)
+    names, table = _gathered(layers, table, distance=True)
     far = np.argsort(-table[:, -1])[:3]
     total = seen[-1]["distance"].get("total")
     return _heat(
@@ -111,7 +111,7 @@ def channel_weights(run: Seen, id: str) -> Figure | None:
         "Which channels are held near the source's",
         f"Weights of the channels of {several(len(taps), 'layer')}, largest first, against the mean.",
         traces,
-        {"xaxis": axis("channels, % of the layer"), "yaxis": axis("weight, × the mean", rangemode="tozero")},
+        {"xaxis": axis("channels, % of the layer"), "yaxis": axis("weight, × the mean", type="log")},
         ["layer", "channels", "largest", "smallest", "effective share"],
         rows,
         "A flat line holds all channels alike; a steep one cares for few of them. The effective share is how "
@@ -231,7 +231,7 @@ def channels_kept(run: Seen, id: str) -> Figure | None:
         return None
     layers = list(sizes)
     table = np.array([[100 * each["kept"][name] / sizes[name] for each in rounds] for name in layers], float)
-    names, table = _gathered(layers, table)
+    names, table = _gathered(layers, table, distance=False)
     return _heat(
         f"{id}-kept",
         "Channels kept, layer by layer",
@@ -353,8 +353,8 @@ def _fact(value: Any) -> str:
     return ""
 
 
-def _gathered(names: list[str], table: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """At most so many rows: neighbours are taken together, a distance as the root of the sum of squares."""
+def _gathered(names: list[str], table: np.ndarray, *, distance: bool) -> tuple[list[str], np.ndarray]:
+    """At most so many rows: neighbours are taken together, distances by Pythagoras, shares by their mean."""
     if len(names) <= _ROWS:
         return names, table
     groups: dict[str, list[int]] = {}
@@ -363,7 +363,8 @@ def _gathered(names: list[str], table: np.ndarray) -> tuple[list[str], np.ndarra
     if len(groups) > _ROWS:
         each = -(-len(names) // _ROWS)
         groups = {names[i]: list(range(i, min(i + each, len(names)))) for i in range(0, len(names), each)}
-    rows = [np.sqrt((table[places] ** 2).mean(0)) for places in groups.values()]
+    parts = [table[places] for places in groups.values()]
+    rows = [np.sqrt((part**2).sum(0)) if distance else part.mean(0) for part in parts]
     return list(groups), np.array(rows)
 
 

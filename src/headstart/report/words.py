@@ -8,8 +8,8 @@ from headstart.judgement import Range
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """0.873 -> 87.3 %."""
-    return "" if share is None else f"{100 * share:.{digits}f} %"
+    """0.873 -> 87.3 %, which no line end takes apart."""
+    return "" if share is None else f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 def points(share: float | None) -> str:
