@@ -1,0 +1,317 @@
+"""The report from files alone: what it says, what it survives, and how large and quick it is."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from told import folder
+
+from headstart import calibration
+from headstart.cli import main
+from headstart.errors import OutputError
+from headstart.report import figures, insides, write
+from headstart.report.evidence import read
+from headstart.report.page import render
+
+INSIDE = ("l2-sp", "delta", "hybrid-forward", "l2t-ww", "transtailor", "spottune", "adafilter")
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folder(tmp_path_factory.mktemp("told"), ("probe", "full", *INSIDE))
+
+
+@pytest.fixture(scope="module")
+def page(compared: Path) -> str:
+    """The page without Plotly and without markup's line ends."""
+    return _own(write(compared).read_text(encoding="utf-8"))
+
+
+def _own(text: str) -> str:
+    return re.sub(r"<script>.*?</script>", "", text, flags=re.S)
+
+
+def test_it_lies_in_the_folder_and_is_small_enough(compared: Path) -> None:
+    path = write(compared)
+    assert path == compared / "report.html"
+    assert path.stat().st_size < 6e6
+    assert sorted(each.name for each in compared.iterdir() if each.name.startswith(".report")) == []
+
+
+def test_the_verdict_comes_first(page: str, compared: Path) -> None:
+    verdict = json.loads((compared / "verdict.json").read_text())
+    order = [
+        page.index("<h1"),
+        page.index(verdict["sentence"].split(":")[0]),
+        page.index('id="methods"'),
+        page.index('id="evidence"'),
+        page.index('id="cost"'),
+        page.index('id="errors"'),
+        page.index('id="training"'),
+        page.index('id="insides"'),
+        page.index('id="data"'),
+        page.index('id="again"'),
+    ]
+    assert order == sorted(order)
+
+
+def test_it_asks_for_nothing(page: str) -> None:
+    assert "default-src 'none'" in page
+    assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//""", page)
+    assert not re.findall(r"@import|url\(", page)
+
+
+def test_names_of_classes_are_text_and_nothing_else(page: str) -> None:
+    assert "<img src=x" not in page
+    assert "</script><script>document.title" not in page
+    assert "&lt;img src=x onerror=" in page
+    for spec in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page, flags=re.S):
+        assert "<" not in spec
+        assert "<img" not in "".join(str(each) for each in json.loads(spec)["data"])  # Plotly would read it
+
+
+def test_every_method_has_its_own_picture(page: str) -> None:
+    evidence_of = {
+        "l2-sp": "How far each layer has moved",
+        "delta": "Which channels are held",
+        "hybrid-forward": "The loss of each way",
+        "l2t-ww": "Which layers are matched",
+        "transtailor": "Accuracy as the network is cut",
+        "spottune": "the tuned copy of a block",
+        "adafilter": "the tuned form of a layer",
+    }
+    for title in evidence_of.values():
+        assert title in page
+    assert "Channels kept, layer by layer" in page
+
+
+def test_what_a_method_left_in_another_shape_is_no_picture_and_no_error(tmp_path: Path) -> None:
+    out = folder(tmp_path, ("full", "delta", "spottune"), seeds=1)
+    for name, left in (
+        ("delta", {"taps": "none", "rounds": 3}),
+        ("spottune", {"by_class": [[1, 2]], "blocks": []}),
+    ):
+        path = next((out / "runs").glob(f"{name}-*")) / "result.json"
+        result = json.loads(path.read_text())
+        path.write_text(
+            json.dumps(result | {"diagnostics": left | {"over_time": [{"epoch": 1, "pairs": 4}]}})
+        )
+    evidence = read(out)
+    assert [insides.pictures(run, "x") for run in evidence.runs] == [[], [], []]
+    render(evidence)
+
+
+def test_heat_maps_of_many_layers_take_neighbours_together() -> None:
+    names = [f"block.{i}.{part}" for i in range(30) for part in ("conv", "norm")]
+    found, table = insides._gathered(names, np.ones((60, 2)), distance=True)
+    assert found == [f"block.{i}" for i in range(30)]
+    assert table == pytest.approx(np.full((30, 2), 2**0.5))
+    found, table = insides._gathered([f"l{i}" for i in range(100)], np.ones((100, 2)), distance=False)
+    assert len(found) <= 48
+    assert table == pytest.approx(1)
+
+
+def test_the_confusion_matrix_and_the_errors_are_those_of_the_model_to_take(compared: Path) -> None:
+    evidence = read(compared)
+    taken = evidence.taken
+    assert taken is not None
+    assert taken.said is not None
+    figure = figures.confusion(taken)
+    assert figure is not None
+    counts = np.array(figure.traces[0]["customdata"])
+    assert counts.sum() == 80
+    assert 80 - np.trace(counts) == taken.said.wrong.sum()
+    recall = {row["name"]: row["recall"] for row in figures.per_class(taken)}
+    assert recall["apple"] == pytest.approx(counts[0, 0] / counts[0].sum())
+
+
+def test_the_calibration_figure_is_the_error_that_the_result_holds(compared: Path) -> None:
+    taken = read(compared).taken
+    assert taken is not None
+    assert taken.said is not None
+    error = calibration.bins(taken.said.probabilities, taken.said.labels).error
+    figure = figures.reliability(taken)
+    assert figure is not None
+    assert f"{100 * error:.1f}" in figure.says
+
+
+def test_many_classes_are_shown_as_those_that_are_confused(tmp_path: Path) -> None:
+    out = folder(
+        tmp_path, ("full",), seeds=1, n=400, classes=[f"class {i}" for i in range(60)], pictures=False
+    )
+    taken = read(out).taken
+    assert taken is not None
+    figure = figures.confusion(taken)
+    assert figure is not None
+    assert len(figure.traces[0]["x"]) == 30
+    assert "Of 60 classes" in figure.note
+
+
+def test_the_worst_errors_come_with_their_pictures(page: str, compared: Path) -> None:
+    assert page.count("data:image/jpeg;base64,") > 5
+    assert "missed by" in page
+
+
+def test_pictures_that_are_gone_leave_a_word(tmp_path: Path) -> None:
+    out = folder(tmp_path, ("full", "probe"), pictures=False)
+    assert "The picture is not where it was." in write(out).read_text(encoding="utf-8")
+
+
+def test_what_is_pasted_names_methods_statistics_and_versions(page: str) -> None:
+    pasted = re.sub(r"\s+", " ", page[page.index('id="paste"') :])
+    assert (
+        "We fine-tuned tiny at 32 pixels on 240 training images of 4 classes with probe (Kornblith" in pasted
+    )
+    assert "2 random stratified splits (training 60%, validation 20%, test 20%" in pasted
+    assert "Bayesian bootstrap" in pasted
+    assert "headstart 0.1.0, torch 2.15.0, timm 1.0.31" in pasted
+
+
+def test_a_learning_curve_an_audit_and_tuning_are_shown_where_they_are(tmp_path: Path) -> None:
+    out = folder(tmp_path, ("full", "probe"))
+    advice = "200 more labels bring about +1.5 points; another method +0.2."
+    points = [
+        {"labels": n, "share": n / 240, "mean": a, "lo": a - 0.1, "hi": a + 0.1}
+        for n, a in ((60, 0.6), (240, 0.8))
+    ]
+    (out / "curve.json").write_text(
+        json.dumps({"curves": [{"method": "full", "points": points}], "advice": advice})
+    )
+    audit = {
+        "pictures": 90,
+        "readable": 88,
+        "classes": {"apple": 40},
+        "unreadable": {"bad.png": "cut off"},
+        "duplicates": [["a", "b"]],
+        "imbalance": 2.0,
+        "median_side": 300,
+        "smallest_side": 32,
+        "notes": ["One class is small."],
+    }
+    (out / "audit.json").write_text(json.dumps(audit))
+    asked = json.loads((out / "compare.json").read_text())
+    asked |= {"tuning": {"trials": 4}, "spent": {"full": {"trials": 4, "seconds": 200.0}}}
+    (out / "compare.json").write_text(json.dumps(asked))
+    text = _own(write(out).read_text(encoding="utf-8"))
+    for words in (
+        advice,
+        "88 readable of 90",
+        "1: bad.png",
+        "1 groups",
+        "One class is small.",
+        "tuning of full",
+    ):
+        assert words in text
+    assert "equal budget of 4 trials per method" in text
+
+
+def test_one_seed_and_a_small_test_split_are_said_before_everything(tmp_path: Path) -> None:
+    out = folder(tmp_path, ("full", "probe"), seeds=1, n=20)
+    text = _own(write(out).read_text(encoding="utf-8"))
+    assert text.index("One seed: what another seed or split would have changed") < text.index(
+        'class="sentence"'
+    )
+    assert text.index("too small to show most differences") < text.index('class="sentence"')
+    assert "no claim" in text
+    assert "exact McNemar" in text
+    assert 'id="figure-differences"' not in text
+
+
+@pytest.mark.parametrize("cut", [0, 40])
+def test_files_cut_in_half_are_named_at_the_top_and_the_rest_is_shown(tmp_path: Path, cut: int) -> None:
+    out = folder(tmp_path, ("full", "probe", "l2-sp"))
+    runs = sorted((out / "runs").iterdir())
+    for name, run in (("result.json", runs[0]), ("predictions.npz", runs[1]), ("metrics.jsonl", runs[2])):
+        path = run / name
+        path.write_bytes(path.read_bytes()[:cut])
+    for name in ("split.csv", "metrics.jsonl"):
+        (runs[4] / name).unlink(missing_ok=True)
+    for name in ("compare.json", "curve.json", "audit.json"):
+        (out / name).write_text('{"half": ')
+    text = _own(write(out).read_text(encoding="utf-8"))
+    assert "4 files cut off or gone (" in text
+    assert f"runs/{runs[0].name}/result.json" in text
+    assert 'id="figure-cost"' in text
+
+
+def test_without_a_table_of_runs_the_verdict_is_still_shown(tmp_path: Path) -> None:
+    out = folder(tmp_path, ("full", "probe"))
+    (out / "results.csv").unlink()
+    text = _own(write(out).read_text(encoding="utf-8"))
+    assert "results.csv" in text
+    assert "<h1" in text
+
+
+def test_nothing_finished_yet(tmp_path: Path) -> None:
+    out = folder(tmp_path, ("full",), seeds=1)
+    verdict = {
+        "sentence": "No run has finished yet.",
+        "rows": [{"method": "full", "seeds": []}],
+        "pending": 2,
+    }
+    (out / "verdict.json").write_text(json.dumps(verdict))
+    (out / "results.csv").write_text("method,status,folder\nfull,pending,\n")
+    text = _own(write(out).read_text(encoding="utf-8"))
+    assert "Nothing to take yet" in text
+    assert "2 runs still to come" in text
+
+
+def test_mistakes_of_a_person_are_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(OutputError, match="holds no comparison"):
+        write(tmp_path)
+    out = folder(tmp_path, ("full",), seeds=1)
+    with pytest.raises(OutputError, match="is a folder"):
+        write(out, tmp_path)
+    (out / "verdict.json").write_text('{"sentence": ')
+    assert main(["report", str(out)]) == 1
+    assert "cut off or of another version" in capsys.readouterr().err
+    assert main(["report", str(out), str(out), "--out", "x.html"]) == 1
+
+
+def test_the_command_writes_it_and_tests_over_several_sets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outs = [
+        folder(
+            tmp_path / str(i),
+            ("full", "l2-sp"),
+            seeds=1,
+            n=200,
+            right={"full": 0.6, "l2-sp": 0.7 + i / 50},
+            pictures=False,
+        )
+        for i in range(2)
+    ]
+    assert main(["report", str(outs[0]), "--out", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").is_file()
+    capsys.readouterr()
+    assert main(["report", *map(str, outs)]) == 0
+    said = capsys.readouterr().out
+    assert said.count("Report:") == 2
+    assert "Over 2 data sets" in said
+    assert "Fewer than six data sets can never reach" in said
+    assert main(["report", *map(str, outs), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["over_sets"][0]["method"] == "l2-sp"
+    assert found["over_sets"][0]["wins"] == 2
+
+
+def test_it_needs_no_torch(compared: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from headstart.cli import main; "
+        f"code = main(['report', {str(compared)!r}, '--out', {str(tmp_path / 'p.html')!r}]); "
+        "assert 'torch' not in sys.modules and 'timm' not in sys.modules; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_same_files_give_the_same_page(compared: Path, tmp_path: Path) -> None:
+    one, two = (write(compared, tmp_path / name).read_bytes() for name in ("a.html", "b.html"))
+    assert one == two
