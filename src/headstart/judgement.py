@@ -61,6 +61,7 @@ class Row(Record):
     trained: int | None = None
     shipped: int | None = None
     flops: int | None = Field(None, description="of what is shipped, for one picture")
+    learnt_from: int | None = Field(None, description="training pictures, median over the seeds")
     front: bool = Field(False, description="no other method is more accurate in less time")
     failed: int = Field(0, description="runs that failed")
     skipped: int = Field(0, description="runs that this network cannot do")

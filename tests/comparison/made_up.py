@@ -27,6 +27,7 @@ class Ready:
     unfit: str | None = None
     recipe: Recipe = field(default_factory=lambda: Recipe(optimizer="sgd", lr=0.01, weight_decay=1e-4))
     learnt_from: int = 90
+    audited: dict[str, Any] = field(default_factory=lambda: {"pictures": 150, "readable": 150})
 
 
 @dataclass

@@ -136,7 +136,7 @@ def test_a_test_split_that_can_show_nothing_is_said_first(tmp_path: Path) -> Non
 
 
 def test_a_row_says_how_likely_it_is_better_what_it_costs_and_every_test_by_name(tmp_path: Path) -> None:
-    world = MadeUp(exact=True, n=400)
+    world = MadeUp(n=400)
     world.right |= {"probe": 0.6, "full": 0.8, "lp-ft": 0.9}
     rows = {row.method: row for row in judged(tmp_path, world).judgement.rows}
     assert (rows["lp-ft"].better or 0) > 0.975
@@ -200,6 +200,14 @@ def test_the_file_is_the_record(tmp_path: Path) -> None:
     found = judged(tmp_path, MadeUp())
     assert read(found.folder) == found.judgement
     assert "points" in found.judgement.intervals or found.judgement.intervals.startswith("95 %")
+
+
+def test_a_comparison_writes_its_report_and_what_there_is_to_know_about_its_pictures(tmp_path: Path) -> None:
+    found = judged(tmp_path, MadeUp(), "probe,full", seeds=2)
+    assert (found.folder / "audit.json").is_file()
+    page = found.report(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert found.verdict.split("%")[0].split("'")[0] in page
+    assert found.report() == found.folder / "report.html"
 
 
 def test_nothing_finished() -> None:

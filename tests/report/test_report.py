@@ -211,6 +211,28 @@ def test_a_learning_curve_an_audit_and_tuning_are_shown_where_they_are(tmp_path:
     assert "equal budget of 4 trials per method" in text
 
 
+def test_label_budgets_are_curves_and_their_runs_are_not_mixed_with_those_of_the_verdict(
+    tmp_path: Path,
+) -> None:
+    out = folder(tmp_path, ("full", "probe"))
+    verdict = json.loads((out / "verdict.json").read_text())
+    few = json.loads(json.dumps(verdict))
+    for row in few["rows"]:
+        row["learnt_from"] = 60
+    (out / "sizes.json").write_text(
+        json.dumps([{"train_size": 60, "verdict": few}, {"train_size": None, "verdict": verdict}])
+    )
+    with (out / "results.csv").open("a") as file:
+        file.write(",".join(["full", "", "9", "finished"]) + ",\n")  # a run that the verdict does not name
+    evidence = read(out)
+    assert len(evidence.runs) == 4
+    figure = figures.learning_curve(evidence)
+    assert figure is not None
+    assert [trace["x"] for trace in figure.traces] == [[60, 240], [60, 240]]
+    (out / "sizes.json").write_text("[3")
+    assert read(out).unreadable == ["sizes.json"]
+
+
 def test_one_seed_and_a_small_test_split_are_said_before_everything(tmp_path: Path) -> None:
     out = folder(tmp_path, ("full", "probe"), seeds=1, n=20)
     text = _own(write(out).read_text(encoding="utf-8"))

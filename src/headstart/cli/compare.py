@@ -173,6 +173,7 @@ def run(
     else:
         show(done)
         if done.judgement.take is not None:
+            print(f"Look:      headstart report {out}")
             print(f"Next:      headstart predict {out} PICTURES")
     return outcome.SOME_FAILED if done.failed else outcome.GOOD
 

@@ -185,6 +185,11 @@ class Books:
             "test_split": {"sha256": one, "looks": sum(test["looks"] for test in distinct.values())},
         }
 
+    def write_audit(self, found: dict[str, Any]) -> None:
+        """audit.json: what there is to know about the pictures."""
+        if found:
+            ledger.write(self.folder / "audit.json", _json(found))
+
     def write_table(self) -> None:
         """results.csv: all runs, trials and points of the curve, as they stand."""
         labels, sizes = list(self.grid.labels), list(self.grid.train_sizes)

@@ -47,6 +47,11 @@ class Prepared(Protocol):
         """How many training pictures there are."""
         ...
 
+    @property
+    def audited(self) -> dict[str, Any]:
+        """What there is to know about the pictures, as plain data for the report; empty for nothing."""
+        ...
+
 
 class Executor(Protocol):
     """How one run is prepared and trained, in the process that it is called in."""

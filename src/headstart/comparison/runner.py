@@ -52,6 +52,16 @@ class Comparison:
         """The runs that did not finish, and why."""
         return self.judgement.failed
 
+    def report(self, path: str | Path | None = None) -> Path:
+        """Write the comparison as one HTML file; see `headstart.report.write`.
+
+        Args:
+            path: of the page; None: `report.html` in the comparison's folder.
+        """
+        from headstart.report import write
+
+        return write(self.folder, path)
+
     @cached_property
     def best(self) -> Predictor:
         """The model to take, ready to predict.

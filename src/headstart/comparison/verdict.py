@@ -211,6 +211,7 @@ class _Judge:
         speeds = [result.ms_per_image for result in results if result.ms_per_image is not None]
         parameters = [result.parameters for result in results if result.parameters is not None]
         flops = [result.flops for result in results if result.flops is not None]
+        learnt = [result.n_train for result in results if result.n_train is not None]
         return empty.model_copy(
             update={
                 "seeds": [at.seed for at in runs],
@@ -224,6 +225,7 @@ class _Judge:
                 "trained": parameters[0].trained if parameters else None,
                 "shipped": parameters[0].shipped if parameters else None,
                 "flops": max(flops) if flops else None,
+                "learnt_from": int(np.median(learnt)) if learnt else None,
                 "front": front,
                 **self._against(label),
             }

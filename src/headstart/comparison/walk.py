@@ -187,6 +187,8 @@ class Walk:
             self._announce(f"{entry.label} s{entry.run.seed}")
             self._failed(work, reason_of(error), "".join(traceback.format_exception(error)))
             return None
+        if self.last is None:
+            self.books.write_audit(prepared.audited)
         self.shares[key] = self.last = prepared
         if entry.train_size is None:
             self.pictures[entry.split] = prepared.learnt_from

@@ -139,21 +139,21 @@ def read(folder: Path) -> Evidence:
             "anew from the finished runs."
         ) from None
     unreadable: list[str] = []
-    runs, trials = _runs(folder, unreadable)
+    runs, trials = _runs(folder, {scored.run for scored in verdict.runs}, unreadable)
     return Evidence(
         folder=folder,
         verdict=verdict,
         asked=_json(folder / "compare.json", unreadable),
         runs=runs,
-        curve=_json(folder / "curve.json", unreadable),
+        curve=_json(folder / "curve.json", unreadable) or _by_size(folder / "sizes.json", unreadable),
         audit=_json(folder / "audit.json", unreadable),
         unreadable=unreadable,
         trials=trials,
     )
 
 
-def _runs(folder: Path, unreadable: list[str]) -> tuple[list[Seen], int]:
-    """The finished runs that count in the verdict, and how many trials there were."""
+def _runs(folder: Path, counted: set[str], unreadable: list[str]) -> tuple[list[Seen], int]:
+    """The finished runs that the verdict is about, and how many trials there were."""
     try:
         with (folder / "results.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -163,11 +163,9 @@ def _runs(folder: Path, unreadable: list[str]) -> tuple[list[Seen], int]:
     seen, trials = [], 0
     for row in rows:
         trials += row.get("role") == "trial"
-        if (
-            row.get("role") not in (None, "", "run")
-            or row.get("status") != "finished"
-            or not row.get("folder")
-        ):
+        if row.get("role") not in (None, "", "run") or row.get("status") != "finished":
+            continue
+        if Path(str(row.get("folder"))).name not in counted:  # one of fewer labels
             continue
         preset = f":{row['preset']}" if row.get("preset") else ""
         label = row.get("label") or f"{row.get('method')}{preset}"
@@ -179,6 +177,24 @@ def _runs(folder: Path, unreadable: list[str]) -> tuple[list[Seen], int]:
             continue
         seen.append(Seen(label, where, result))
     return seen, trials
+
+
+def _by_size(path: Path, unreadable: list[str]) -> dict[str, Any]:
+    """The verdicts by number of training pictures, as curves by method; empty where there are none."""
+    if not path.is_file():
+        return {}
+    curves: dict[str, list[dict[str, Any]]] = {}
+    try:
+        for each in json.loads(path.read_text(encoding="utf-8")):
+            verdict = Verdict.model_validate(each["verdict"])
+            for row in verdict.rows:
+                if row.accuracy is not None and row.learnt_from:
+                    point = {"labels": row.learnt_from, **row.accuracy.model_dump()}
+                    curves.setdefault(row.method, []).append(point)
+    except (OSError, ValueError, TypeError, KeyError):
+        unreadable.append(path.name)
+        return {}
+    return {"curves": [{"method": method, "points": points} for method, points in curves.items()]}
 
 
 def _json(path: Path, unreadable: list[str]) -> dict[str, Any]:

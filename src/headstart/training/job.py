@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from headstart import registry
+from headstart.data.audit import audit
 from headstart.data.cache import cache_dir
 from headstart.data.loader import Task, load
 from headstart.disk import read_json, write_json
@@ -78,6 +79,11 @@ class Prepared:
     def learnt_from(self) -> int:
         """How many training pictures there are."""
         return len(self.task.split.index("train"))
+
+    @property
+    def audited(self) -> dict[str, Any]:
+        """What there is to know about the pictures; see `headstart.data.audit`."""
+        return audit(self.task.table, self.task.pictures.facts).model_dump(mode="json")
 
     @cached_property
     def unfit(self) -> str | None:
