@@ -104,13 +104,15 @@ def run(
     try:
         app = build()  # in this process, so that what is wrong with it is said in a line
         classes = len(app.state.service.model.classes)
+        serving = listening.Built(app) if workers == 1 else build
+        del app  # with several workers each has its own
 
         def started() -> None:
             key = "" if api_key is None else ", with a key"
             outcome.say(f"{classes} classes at {address}{key}. Stop with Ctrl-C.")
 
         listening.serve(
-            listening.Built(app) if workers == 1 else build,
+            serving,
             [socket],
             limits=limits,
             workers=workers,

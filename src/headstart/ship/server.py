@@ -382,7 +382,7 @@ def _answer_in_sentences(app: FastAPI) -> None:
 
     @app.exception_handler(ClientDisconnect)
     async def left(request: Request, error: ClientDisconnect) -> Response:
-        return Response(status_code=400)  # nobody reads it
+        return Response(status_code=499)  # nobody reads it; the log does
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> Response:

@@ -84,7 +84,7 @@ function describe(about, labels) {
   state.labels = labels;
   const made = about.card;
   const many = labels.length;
-  $("lead").textContent = `Drop pictures, and see which of ${many} labels fits each best, and how sure the model is.`;
+  $("lead").textContent = `See which of ${many} labels fits a picture best, and how sure the model is.`;
   const shown = many > 14 ? labels.slice(0, 12) : labels;
   $("classes").replaceChildren(...shown.map((label) => { const li = document.createElement("li"); li.textContent = label; return li; }));
   if (shown.length < many) {
@@ -113,7 +113,8 @@ function describe(about, labels) {
   }
   $("legend").hidden = false;
   if (trust?.answered && trust.accuracy !== null) {
-    fact("Right when sure", fine.format(trust.accuracy), `and sure of ${whole.format(trust.answered)} of the test pictures`);
+    const range = trust.interval ? `between ${whole.format(trust.interval[0])} and ${whole.format(trust.interval[1])}; ` : "";
+    fact("Right when sure", fine.format(trust.accuracy), `${range}sure of ${whole.format(trust.answered)} of the test pictures`);
   }
   if (!val) fact("Probabilities", "Not calibrated", "they are the network's own, and mostly too high");
   fact("Labels", String(many), many <= 6 ? labels.join(", ") : null);
