@@ -21,6 +21,7 @@ NAMES = (
     "startup",
     "l2_sp_step",
     "delta_step",
+    "delta_scoring",
     "hybrid_step",
     "fitnets_step",
     "l2t_step",
