@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, ClassVar
 
 import pytest
@@ -33,6 +34,8 @@ def ranks(cases: dict[str, dict[str, Case]]) -> dict[str, Ranks]:
     together = {name: testing.for_ranks(each) for name, each in cases.items()}
     odd = (SumsOverTheBatch, MeasuresOnOneRank, FailsOnOneRank, DriftsApart)
     together |= {cls.__name__: Case(cls, tiny_net()) for cls in odd}
+    looks = together["hybrid-forward"]  # at gradients, within its objective
+    together["norms"] = dataclasses.replace(looks, hyper={**looks.hyper, "balance": "norms"})
     return dict(zip(together, testing.two_ranks(list(together.values())), strict=True))
 
 
@@ -364,6 +367,10 @@ def test_ranks_that_drift_apart_are_seen(ranks: dict[str, Ranks]) -> None:
 
 def test_what_one_rank_measured_is_settled(ranks: dict[str, Ranks]) -> None:
     assert ranks["MeasuresOnOneRank"] == Ranks(None, None)
+
+
+def test_gradients_that_an_objective_looks_at_are_those_of_the_joined_batch(ranks: dict[str, Ranks]) -> None:
+    assert ranks["norms"] == Ranks(None, None)
 
 
 def test_a_local_class_is_told_why_it_cannot_be_checked_on_ranks() -> None:

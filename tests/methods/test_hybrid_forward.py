@@ -19,6 +19,7 @@ from headstart.errors import ConfigError, MethodError
 from headstart.method import Method
 from headstart.methods.baseline.full import Full
 from headstart.methods.constrain.hybrid_forward import HybridForward, routes
+from headstart.parts.balance import Balance
 from headstart.parts.viewed import Viewed
 from headstart.testing import Case, run_check
 
@@ -367,6 +368,54 @@ def test_the_static_weights_are_one_minus_alpha() -> None:
     loss, plain = build(balance="static", alpha=0.7)(x, y), build(balance="static", alpha=0.0)(x, y)
     for name in ("path1", "path2"):
         torch.testing.assert_close(loss.parts[name], 0.3 * plain.parts[name], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("balance", ["norms", "cosine"])
+def test_weights_from_gradients(balance: str) -> None:
+    """Of each path on its own segments and the head, with autograd once more; then they stay for a while."""
+    method = build(balance=balance)
+    x, y = batches(1)[0]
+    loss = copy.deepcopy(method)(x, y)
+    assert loss.total.isfinite()
+    hand = copy.deepcopy(method)
+    hand.balance = Balance("static", 2.0)  # w = 1
+    hand.balance.begin(hand.memory)
+    hand.double()
+    with hand.watching():
+        logits = hand.net(x)
+    costs = list(hand.terms(x, y, logits).values())
+    task = F.cross_entropy(logits, y)
+    weights = list(hand.net.parameters())
+    found = [torch.autograd.grad(c, weights, retain_graph=True, allow_unused=True) for c in (*costs, task)]
+    expected = []
+    for own in found[:2]:
+        pairs = [(a, b) for a, b in zip(own, found[2], strict=True) if a is not None]
+        one, other = (torch.cat([each[i].flatten() for each in pairs]) for i in range(2))
+        norms, cosine = float(other.norm() / one.norm()), float(one @ other)
+        expected.append(min(0.5 * norms, 1) if balance == "norms" else 0.5 * (cosine > 0))
+    method(x, y).total.backward()
+    assert method.memory["weights"].tolist() == pytest.approx(expected, rel=1e-9)
+    method(*batches(2)[1])  # the next step does not look
+    assert method.memory["weights"].tolist() == pytest.approx(expected, rel=1e-9)
+
+
+def test_weights_that_fall_by_the_epoch() -> None:
+    method = build(balance="schedule", kappa=0.5)
+    data = batches(1)
+    found = []
+    for phase in method.phases(3, data):
+        for _ in range(phase.epochs):
+            method(*data[0])
+            found.append(method.memory["weights"].tolist())
+            method.finished_epoch()
+    assert found == [pytest.approx([each] * 2, abs=1e-7) for each in (0.4, 0.2, 0.0)]
+
+
+@pytest.mark.parametrize("check", ["resumes_bit_equal", "what_learns_changes", "stays_finite_in_bf16"])
+@pytest.mark.parametrize("balance", ["schedule", "rates", "norms", "cosine"])
+def test_contract_of_other_balances(balance: str, check: str) -> None:
+    nets = {"small": Case(HybridForward, Small(STUDENT, seed=0), {"balance": balance})}
+    run_check(check, nets)
 
 
 def test_weights_move_in_training_only() -> None:

@@ -79,11 +79,59 @@ def test_ramp() -> None:
 def test_a_batch_without_numbers_changes_nothing(wrong: float, which: int) -> None:
     losses = [2.0, 3.0, 1.0]
     broken = [wrong if i == which else 9.0 for i in range(3)]
-    for rule in ("dynamic", "joint"):
+    for rule in ("dynamic", "joint", "rates"):
         before, after = fed(Balance(rule), losses), fed(Balance(rule), losses, broken)
         assert all(torch.equal(before[name], after[name]) for name in before)
         first = fed(Balance(rule), broken)
         assert first["weights"].tolist() == [0.5, 0.5]
+
+
+def test_rates() -> None:
+    """A loss that falls by more than the task's counts for less: κ/2 · exp((r_i - r_3) / 2), by hand."""
+    balance = Balance("rates", rho=0.5)
+    memory = fed(balance, [4.0, 3.0, 2.0], [2.0, 3.0, 1.5])
+    fast = [(0.5 * a + b) / 1.5 for a, b in ((4.0, 2.0), (3.0, 3.0), (2.0, 1.5))]
+    slow = [(0.95 * a + b) / 1.95 for a, b in ((4.0, 2.0), (3.0, 3.0), (2.0, 1.5))]
+    r = [a / b for a, b in zip(fast, slow, strict=True)]
+    expected = [0.5 * math.exp((each - r[2]) / 2) for each in r[:2]]
+    assert memory["weights"].tolist() == pytest.approx(expected, rel=1e-12)
+    assert expected[0] < 0.5 < expected[1]
+    assert fed(balance, [4.0, 3.0, 2.0])["weights"].tolist() == [0.5, 0.5]  # nothing has fallen yet
+
+
+def seen(balance: Balance, lengths: list[float], cosines: list[float], steps: int = 1) -> Memory:
+    memory = fed(balance)
+    for _ in range(steps):
+        known = tuple(torch.tensor(each, dtype=torch.float64) for each in (lengths, cosines))
+        looked = known if balance.looks(memory) else None
+        balance.update(memory, torch.ones(3, dtype=torch.float64), gradients=looked)
+    return memory
+
+
+def test_gradients_are_looked_at_now_and_then() -> None:
+    memory = seen(Balance("norms", kappa=0.5), [0.8, 2.0], [0.3, -0.3])
+    assert memory["weights"].tolist() == pytest.approx([0.2, 0.5])
+    assert seen(Balance("cosine"), [0.8, 2.0], [0.3, -0.3])["weights"].tolist() == [0.5, 0]
+    looks = []
+    for steps in (0, 1, 49, 50, 51, 100):
+        memory["steps"].fill_(steps)
+        looks.append(Balance("norms").looks(memory))
+    assert looks == [True, False, False, True, False, True]
+    assert not Balance("dynamic").looks(memory)
+    kept = seen(Balance("norms", kappa=0.5), [0.8, 2.0], [0.3, -0.3], steps=7)  # in between they stay
+    assert kept["weights"].tolist() == pytest.approx([0.2, 0.5])
+    lost = seen(Balance("norms"), [math.inf, 0.4], [math.nan, 0.1])  # a gradient of 0 says nothing
+    assert lost["weights"].tolist() == pytest.approx([0.5, 0.2])
+
+
+def test_the_first_authors_schedule() -> None:
+    balance = Balance("schedule")
+    memory = fed(balance)
+    found = []
+    for share in (0.0, 0.3, 1 / 3, 0.49, 0.5, 0.66, 2 / 3, 0.99):
+        balance.update(memory, torch.ones(3, dtype=torch.float64), share=share)
+        found.append(memory["weights"][0].item())
+    assert found == pytest.approx([0.8, 0.8, 0.4, 0.4, 0.1, 0.1, 0, 0], abs=1e-12)
 
 
 def test_small_losses() -> None:
