@@ -14,8 +14,8 @@ the weight and the bias of the new head. W_l weighs the channels by what the sou
     3. W_l = softmax(z/T),  z = (δ_l − mean) / std.
 
 A training step takes 1.34 plain ones' multiply-adds in a ResNet50, and (2) takes 18.5 % of what one forward
-for every channel would (bench/delta_step.py, bench/delta_scoring.py). Memory: the source's weights; and a step
-on 32 pictures of 128 px keeps 60 MiB of maps more for its backward pass, 7 % of what a plain one keeps.
+for every channel would (bench/delta_step.py, bench/delta_scoring.py). In memory are the source's weights, and
+a step on 32 pictures of 128 px keeps 60 MiB of maps for its backward pass, 7 % more than a plain one keeps.
 
 Paper: Li, Xiong, et al., "DELTA: DEep Learning Transfer using Feature Map with Attention for
 Convolutional Networks", ICLR 2019, arXiv 1901.09229.
