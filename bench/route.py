@@ -279,7 +279,7 @@ def _arm(prepared: Prepared, machine: Machine) -> dict[str, Any]:
         about = {
             "tuned": shown["tuned"],
             "bits_per_block": float(np.mean(list(shown["bits"].values()))),
-            "agrees": shown["static"]["agrees"],
+            "agrees": shown["static"]["agreement"],
         }
         other = _trained(prepared, machine, lambda method: _randomly_routed(method, usage))
         right["random"] = _right(other.predict, test)

@@ -551,6 +551,65 @@ def test_a_bundle_holds_it(tmp_path: Path) -> None:
         assert torch.equal(bundle.read(tmp_path / "model").net(x), method.predict(x))
 
 
+@pytest.mark.parametrize("hyper", [{}, {"source_bn": "adapt"}, {"bn": "single"}, {"bn": "masked"}])
+def test_a_bundle_is_settled_without_the_method(hyper: dict[str, Any], tmp_path: Path) -> None:
+    net = timm.create_model("test_resnet", num_classes=7)
+    torch.manual_seed(0)
+    method = away(AdaFilter(net, 3, example=torch.zeros(1, 3, 32, 32), **hyper), by=0.02)
+    list(method.phases(1, [(torch.randn(12, 3, 32, 32), torch.arange(12) % 3)]))
+    assert method.diagnostics()["entropy"] > 0.05, "pictures must be told apart"
+    preprocess = Preprocess(size=32, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bicubic", crop_pct=1.0)
+    config = Architecture(name="test_resnet", num_classes=7, kwargs={}, pretrained_cfg={})
+    bundle.save(
+        tmp_path / "model",
+        method.export(),
+        config=config,
+        preprocess=preprocess,
+        classes=["a", "b", "c"],
+        card={},
+    )
+    settled = bundle.settled(bundle.read(tmp_path / "model"))
+    x = torch.randn(6, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(settled.net(x), method.export(static=True)(x))
+    assert settled.card["settled"] == method.diagnostics()["static"]
+    assert type(settled.net) is type(net)
+
+
+@pytest.mark.parametrize("source_bn", ["eval", "adapt"])
+def test_a_static_network_may_be_asked_for_from_the_start(source_bn: Any) -> None:
+    """Then it is what is scored and shipped."""
+    routed, static = (
+        away(build(source_bn=source_bn, inference=inference)) for inference in ("routed", "static")
+    )
+    for method in (routed, static):
+        list(method.phases(1, batches(3)))
+    x, _ = batches(1)[0]
+    with torch.no_grad():
+        assert torch.equal(static.predict(x), routed.export(static=True)(x))
+        assert torch.equal(static.predict(x), static.export()(x))
+        assert not torch.equal(static.predict(x), routed.predict(x))
+    assert type(static.export()) is nn.Sequential
+    assert static.diagnostics() == routed.diagnostics()
+
+
+def test_the_number_of_weights_of_the_gate() -> None:
+    """Σ (C_l D + D) + 4 (2 D D + 2 D) + Σ (D C_{l+1} + C_{l+1}) for one LSTM cell of width D = 6."""
+    method = build()
+    sites = [(3, 4), (4, 4), (4, 5)]
+    expected = sum(c * 6 + 6 + 6 * k + k for c, k in sites) + 4 * (2 * 36 + 2 * 6)
+    assert sum(parameter.numel() for parameter in method.gate.parameters()) == expected
+
+
+def test_gates_that_never_look_at_the_picture_are_told() -> None:
+    method = build()
+    method.policy = lambda site, u: (torch.arange(u.shape[1]) % 2).to(u).expand_as(u)
+    data = batches(9)
+    with pytest.warns(UserWarning, match="takes the same filters for nearly all pictures"):
+        list(method.phases(1, data))
+    assert method.diagnostics()["collapsed"] is True
+
+
 def test_what_diagnostics_say_is_what_the_gates_say() -> None:
     method, case = trained()
     shown = method.diagnostics()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from headstart import registry
-from headstart.errors import MethodError
+from headstart.errors import MethodError, ModelError
 from headstart.method import Method
 from headstart.methods.baseline.full import Full
 from headstart.methods.route import spottune
@@ -462,7 +462,7 @@ def test_static_export_is_the_routed_network_with_one_way(ways: list[float]) -> 
             assert torch.equal(value, expected[f"{name}.{key}"])
     static = method.diagnostics()["static"]
     assert static["kept"] == [name for name, tuned in zip(BLOCKS, ways, strict=True) if tuned]
-    assert static["agrees"] == 1
+    assert static["agreement"] == 1
 
 
 def test_agreement_of_the_static_network_is_counted() -> None:
@@ -472,7 +472,35 @@ def test_agreement_of_the_static_network_is_counted() -> None:
         assert phase.epochs == 1
     with torch.no_grad():
         same = method.predict(val_x).argmax(1) == method.export(static=True)(val_x).argmax(1)
-    assert method.diagnostics()["static"]["agrees"] == pytest.approx(same.double().mean().item())
+    assert method.diagnostics()["static"] == {
+        "kept": method.diagnostics()["static"]["kept"],
+        "agreement": round(same.double().mean().item(), 4),
+        "pictures": 16,
+        "of": "validation",
+    }
+
+
+@pytest.mark.parametrize("frozen_norm", ["eval", "adapt"])
+def test_a_static_network_may_be_asked_for_from_the_start(frozen_norm: str) -> None:
+    """Then it is what is scored and shipped: `predict` is the export to the bit, and ordinary."""
+    ends = []
+    for inference in ("routed", "static"):
+        method = perturb(build(inference=inference, frozen_norm=frozen_norm), by=0.5)
+        method.routes = lambda x: (x[:, 0, 0, :4] > 0).double()  # tells pictures apart
+        run(method)
+        ends.append(method)
+    routed, static = ends
+    x, _ = batches(1)[0]
+    with torch.no_grad():
+        assert torch.equal(static.predict(x), routed.export(static=True)(x))
+        assert torch.equal(static.predict(x), static.export()(x))
+        assert not torch.equal(static.predict(x), routed.predict(x))
+    assert type(static.export()) is nn.Sequential
+    assert static.diagnostics()["static"] == routed.diagnostics()["static"]
+    again = build(inference="static", frozen_norm=frozen_norm)
+    again.load_state_dict(static.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again.eval().predict(x), static.predict(x))
 
 
 def test_the_global_form_ends_as_an_ordinary_network() -> None:
@@ -582,6 +610,23 @@ def test_a_collapse_is_said_once(value: float) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         method.observe()
+
+
+def test_one_way_for_all_is_said_at_the_end_too() -> None:
+    """While training, routes are drawn: a policy that never looks at the picture shows without noise only."""
+    method = build()
+    with torch.no_grad():
+        for parameter in method.policy.parameters():
+            parameter.zero_()
+        method.policy[-1].bias[1::2] = 0.3  # every block is tuned in 57 of 100 draws
+    data = batches(7)
+    with pytest.warns(UserWarning, match="sends nearly all pictures the same way"):
+        for _ in method.phases(1, data):
+            for x, y in data:
+                method(x, y)
+            method.observe()
+    assert method.diagnostics()["collapsed"] is True
+    assert all(0.2 < share < 0.9 for share in method.observe()["tuned"].values())
 
 
 # ---------------------------------------------------------------- two halves of a batch
@@ -694,6 +739,49 @@ def test_a_bundle_holds_the_routes(tmp_path: Path) -> None:
         assert torch.equal(net(x), method.predict(x))
     bundle.save(tmp_path / "static", method.export(static=True), **given, card={})
     assert bundle.read(tmp_path / "static").config is not None  # timm builds it by name
+
+
+def test_a_bundle_is_settled_without_the_method(tmp_path: Path) -> None:
+    """Whoever has the model folder alone makes the static network of it, and hears what is lost."""
+    from headstart.nets.zoo import load
+    from headstart.ship import bundle
+
+    torch.manual_seed(0)
+    found = load("test_resnet", pretrained=False, img_size=32)
+    method = SpotTune(copy.deepcopy(found.net), 3, example=torch.zeros(1, 3, 32, 32), frozen_norm="adapt")
+    perturb(method)
+    given = {"config": found.config, "preprocess": found.preprocess, "classes": ["a", "b", "c"]}
+    bundle.save(tmp_path / "early", method.eval().export(), **given, card={})
+    with pytest.raises(ModelError, match="does not say which way most pictures take"):
+        bundle.settled(bundle.read(tmp_path / "early"))
+    list(method.phases(1, [(torch.randn(12, 3, 32, 32), torch.arange(12) % 3)]))
+    bundle.save(tmp_path / "routed", method.export(), **given, card={"method": "spottune", "val": {"n": 3}})
+    routed = bundle.read(tmp_path / "routed")
+    settled = bundle.settled(routed)
+    x = torch.randn(6, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(settled.net(x), method.export(static=True)(x))
+        assert torch.equal(routed.net(x), method.predict(x))
+    shown = method.diagnostics()["static"]
+    assert settled.card == {
+        "method": "spottune",
+        "settled": {key: shown[key] for key in ("agreement", "pictures", "of")},
+    }
+    assert settled.config is not None and settled.config.name == "test_resnet"
+    bundle.save(
+        tmp_path / "static",
+        settled.net,
+        config=settled.config,
+        preprocess=settled.preprocess,
+        classes=settled.classes,
+        card=settled.card,
+    )
+    assert type(bundle.read(tmp_path / "static").net) is type(found.net)
+    with pytest.raises(ModelError, match="nothing to settle"):
+        bundle.settled(bundle.read(tmp_path / "static"))
+    bundle.save(tmp_path / "again", routed.net, **(given | {"config": None}), card={})
+    with torch.no_grad():  # what was read can be written, and read
+        assert torch.equal(bundle.read(tmp_path / "again").net(x), routed.net(x))
 
 
 def test_a_case_is_deterministic() -> None:

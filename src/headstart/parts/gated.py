@@ -161,6 +161,21 @@ class Gated:
         return made
 
 
+def settled(made: fx.GraphModule, net: nn.Module) -> nn.Module:
+    """The ordinary network with the same filters for all pictures, those of `meta["routed"]["static"]`.
+
+    Args:
+        made: from `Gated.export`, or `rebuilt`.
+        net: a network of the architecture that was gated; its weights are replaced, in place.
+    """
+    about = made.meta["routed"]
+    gated = Gated([Site(**site) for site in about["sites"]], about["bn"])
+    tuned = [torch.tensor([stays == "1" for stays in layer]) for layer in about["static"]["tuned"]]
+    plain.take(net, made)
+    net.load_state_dict(merged(net, made.get_submodule("pretrained"), gated, tuned, {}), strict=False)
+    return net.eval()
+
+
 def rebuilt(net: nn.Module, about: Mapping[str, Any]) -> fx.GraphModule:
     """The network that `Gated.export` made, with other weights: for whoever has them in a file.
 
@@ -173,29 +188,35 @@ def rebuilt(net: nn.Module, about: Mapping[str, Any]) -> fx.GraphModule:
     return Gated(sites, about["bn"]).export(net, net, gate, torch.zeros(1, *about["input"]))
 
 
-def merge(
+@torch.no_grad()
+def merged(
     net: nn.Module,
     source: nn.Module,
     gated: Gated,
     tuned: Sequence[Tensor],
     norms: Mapping[str, nn.Module],
-) -> None:
-    """Put the pretrained filters into a network, in place, wherever the fine-tuned ones were not chosen.
+) -> dict[str, Tensor]:
+    """The weights and statistics of all layers with gates where the filters are the same for all pictures.
 
     Args:
         net: with the fine-tuned filters.
         source: with the pretrained ones.
         gated: which layers.
-        tuned: for each layer which filters stay, bool [filters].
+        tuned: for each layer which filters are the fine-tuned ones, bool [filters].
         norms: by layer, where another BatchNorm than the source's is behind its filters.
+
+    Returns:
+        By name in `net`.
     """
+    found: dict[str, Tensor] = {}
     for i, (site, stay) in enumerate(zip(gated.sites, tuned, strict=True)):
         for name in filter(None, (site.layer, gated.norms.get(i))):
             theirs = (norms[name] if name in norms else source.get_submodule(name)).state_dict()
             for key, ours in net.get_submodule(name).state_dict().items():
                 if ours.ndim and len(ours) == site.filters:
                     keep = stay.to(ours.device).view(-1, *[1] * (ours.ndim - 1))
-                    ours.copy_(torch.where(keep, ours, theirs[key].to(ours)))
+                    found[f"{name}.{key}"] = torch.where(keep, ours, theirs[key].to(ours))
+    return found
 
 
 def positions(site: Site) -> tuple[int, ...]:

@@ -78,6 +78,15 @@ def finish(made: fx.GraphModule) -> fx.GraphModule:
     return made.requires_grad_(True).eval()
 
 
+def take(net: nn.Module, made: fx.GraphModule) -> None:
+    """Put the weights of a graph that was made of a network into another one of its architecture.
+
+    What the forward never asked for is not in the graph, and stays.
+    """
+    wanted, held = net.state_dict(), made.state_dict()
+    net.load_state_dict({name: value for name, value in held.items() if name in wanted}, strict=False)
+
+
 def _defaults(net: nn.Module) -> dict[str, Any] | None:
     options = list(inspect.signature(net.forward).parameters.values())[1:]
     return {each.name: each.default for each in options if each.default is not each.empty} or None

@@ -238,6 +238,21 @@ def routed(
     return made
 
 
+def settled(made: fx.GraphModule, net: nn.Module) -> nn.Module:
+    """The ordinary network in which all pictures go one way, that of `meta["routed"]["static"]`.
+
+    Args:
+        made: from `routed`, or `rebuilt`.
+        net: a network of the architecture that was routed; its weights are replaced, in place.
+    """
+    about = made.meta["routed"]
+    plain.take(net, made)
+    for unit, stays in zip(about["units"], about["static"]["tuned"], strict=True):
+        for name in () if int(stays) else unit:
+            net.get_submodule(name).load_state_dict(made.get_submodule(f"source.{name}").state_dict())
+    return net.eval()
+
+
 def rebuilt(net: nn.Module, about: Mapping[str, Any]) -> fx.GraphModule:
     """The network that `routed` made, with other weights: for whoever has them in a file.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,8 +45,16 @@ class Usage:
 
     def collapsed(self, memory: Memory, within: float = 0.02, after: int = 200) -> bool:
         """Whether every choice is made the same way for nearly all pictures, once enough were seen."""
-        v = self.shares(memory)
-        return int(memory["pictures"]) >= after and bool((torch.minimum(v, 1 - v) <= within).all())
+        return int(memory["pictures"]) >= after and one_way(self.shares(memory), within)
+
+
+FEW = 50
+"""Pictures of which it cannot be said whether they go all the same way."""
+
+
+def one_way(shares: Tensor, within: float = 0.02) -> bool:
+    """Whether every choice is made the same way for nearly all pictures."""
+    return bool((torch.minimum(shares, 1 - shares) <= within).all())
 
 
 def entropy(shares: Tensor) -> Tensor:
@@ -74,3 +82,34 @@ def extremes(chosen: Tensor, count: int = 5) -> dict[str, list[dict[str, Any]]]:
         return [{"picture": place, "tuned": int(sums[place])} for place in places]
 
     return {"most": shown(ascending[::-1][:count]), "fewest": shown(ascending[:count])}
+
+
+def agreement(
+    routed: Callable[[Tensor], Tensor],
+    static: Callable[[Tensor], Tensor],
+    pictures: Iterable[tuple[Tensor, Tensor]],
+    held_out: bool,
+) -> Tensor:
+    """How often a network with routes, and one without in its place, name the same class.
+
+    Args:
+        routed: logits [B, K] of pictures.
+        static: the same of the other.
+        pictures: batches (x, y).
+        held_out: whether these are pictures that were not learnt from.
+
+    Returns:
+        [3]: the share, of how many pictures, and whether these were held out; for a `Memory`.
+    """
+    same = torch.cat([routed(x).argmax(1) == static(x).argmax(1) for x, _ in pictures])
+    return torch.tensor([float(same.double().mean()), len(same), held_out])
+
+
+def described(agreed: Tensor) -> dict[str, Any]:
+    """What `agreement` found, as plain data."""
+    share, of, held_out = agreed.tolist()
+    return {
+        "agreement": round(share, 4),
+        "pictures": int(of),
+        "of": "validation" if held_out else "training",
+    }

@@ -17,7 +17,7 @@ by headstart, not by timm (`ship.rebuild`). `ship.export` puts further files bes
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,22 @@ def read(folder: str | Path, net: nn.Module | None = None) -> Bundle:
         config=architecture,
         card=found.card,
         calibration=found.calibration,
+    )
+
+
+def settled(model: Bundle) -> Bundle:
+    """One ordinary network in the place of one in which each picture takes its own way.
+
+    Its card says how often the two agree (`settled`). Scores and calibration were those of the other, and
+    are left out.
+
+    Raises:
+        ModelError: it is an ordinary network already.
+    """
+    net, architecture, agreement = rebuild.settle(model.net)
+    card = {name: value for name, value in model.card.items() if name not in ("val", "test")}
+    return replace(
+        model, net=net, config=architecture, card=card | {"settled": agreement}, calibration=Calibration()
     )
 
 

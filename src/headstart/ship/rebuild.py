@@ -2,6 +2,7 @@
 
 One in which each picture takes its own way, by block (`parts.routed`) or by filter (`parts.gated`), carries
 what builds it again in its `meta["routed"]`; config.json holds that under "routed", with the architecture.
+`settle` makes an ordinary network of it.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ def describe(config: Architecture | None, net: nn.Module, classes: int) -> dict[
         classes: its outputs.
     """
     about = net.meta.get("routed") if isinstance(net, fx.GraphModule) else None
+    if about is not None and "net" in about:  # it was built from a description itself
+        config = Architecture(**about["net"])
     if config is None or about is None:
         return {}
     wanted = config.with_classes(classes)
     with torch.random.fork_rng(devices=[]):
         same = shapes(_rebuilt(wanted.build(), about)) == shapes(net)
-    return {"routed": {"net": asdict(wanted), **about}} if same else {}
+    return {"routed": {**about, "net": asdict(wanted)}} if same else {}
 
 
 def build(folder: Path, own: Mapping[str, Any]) -> nn.Module | None:
@@ -53,11 +56,42 @@ def build(folder: Path, own: Mapping[str, Any]) -> nn.Module | None:
     routed = own["routed"]
     try:
         with torch.random.fork_rng(devices=[]):
-            return _rebuilt(Architecture(**routed["net"]).build(), routed)
+            net = _rebuilt(Architecture(**routed["net"]).build(), routed)
     except (TypeError, KeyError, ValueError, AttributeError, MethodError) as error:
         raise ModelError(
             f"'{folder / CONFIG}' is damaged: it describes no network with routes. ({first_line(error)})"
         ) from error
+    net.meta["routed"] = routed
+    return net
+
+
+def settle(net: nn.Module) -> tuple[nn.Module, Architecture, dict[str, Any]]:
+    """One ordinary network in the place of one in which each picture takes its own way.
+
+    It has the copy of each block, or the filters, that most training pictures took, and is as large and as
+    fast as the network that was fine-tuned.
+
+    Args:
+        net: as it was read from a model folder; it stays as it is.
+
+    Returns:
+        The network, its architecture, and how often the two name the same class: `agreement`, a share of
+        so many `pictures`, `of` validation or training.
+
+    Raises:
+        ModelError: it is an ordinary network already, or does not say which way is taken most.
+    """
+    about = net.meta.get("routed", {}) if isinstance(net, fx.GraphModule) else {}
+    if not isinstance(net, fx.GraphModule) or "net" not in about:
+        raise ModelError("All pictures go one way through this network already; there is nothing to settle.")
+    if "static" not in about:
+        raise ModelError("This model does not say which way most pictures take. Train it again.")
+    architecture = Architecture(**about["net"])
+    with torch.random.fork_rng(devices=[]):
+        plain = architecture.build()
+    settled = gated.settled if "sites" in about else by_block.settled
+    found = {name: value for name, value in about["static"].items() if name != "tuned"}
+    return settled(net, plain), architecture, found
 
 
 def shapes(net: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -65,6 +99,6 @@ def shapes(net: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in net.state_dict().items()}
 
 
-def _rebuilt(net: nn.Module, about: Mapping[str, Any]) -> nn.Module:
+def _rebuilt(net: nn.Module, about: Mapping[str, Any]) -> fx.GraphModule:
     """A network in which each picture takes its own way: by filter, or by block."""
     return gated.rebuilt(net, about) if "sites" in about else by_block.rebuilt(net, about)

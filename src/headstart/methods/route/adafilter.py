@@ -37,16 +37,17 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from headstart.errors import MethodError, unknown
 from headstart.method import Batch, Data, Group, Loss, Method, Phase, Room
 from headstart.parts import plain
 from headstart.parts.filters import KINDS, Site, find_sites
-from headstart.parts.gated import FilterGate, Gated, merge
+from headstart.parts.gated import FilterGate, Gated, merged
 from headstart.parts.head import find_head
 from headstart.parts.space import Among, Between
 from headstart.parts.straight_through import gumbel_noise, straight_through
-from headstart.parts.usage import Usage, by_label, entropy, extremes
+from headstart.parts.usage import FEW, Usage, agreement, by_label, described, entropy, extremes, one_way
 
 
 class AdaFilter(Method):
@@ -65,6 +66,8 @@ class AdaFilter(Method):
         source_bn: BatchNorm of the source's filters: "eval" (as it was) or "adapt" (a copy of it learns).
         rest: what has no gate, but for the head: "train" or "frozen".
         lam: λ, adds λ · (share of fine-tuned filters) to the loss. 0: the paper's loss is the task's alone.
+        inference: once trained: "routed" (each picture has filters of its own) or "static" (all have those
+            that most training pictures took: an ordinary network is scored and shipped).
         gate_lr: rate of the gate, × the run's. 1: ours.
         body_lr: rate of the body, × the run's. 1.
         head_lr: rate of the head, × the run's. 10, as for `full`: the two differ by the gates only.
@@ -89,6 +92,7 @@ class AdaFilter(Method):
         source_bn: Literal["eval", "adapt"] = "eval",
         rest: Literal["train", "frozen"] = "train",
         lam: NonNegativeFloat = 0.0,
+        inference: Literal["routed", "static"] = "routed",
         gate_lr: Annotated[NonNegativeFloat, Between(0.1, 10.0, log=True, off=0.0)] = 1.0,
         body_lr: NonNegativeFloat = 1.0,
         head_lr: NonNegativeFloat = 10.0,
@@ -96,6 +100,7 @@ class AdaFilter(Method):
     ) -> None:
         super().__init__(net, classes, **given)
         self.kind, self.tau, self.lam, self.rest = gate, tau, lam, rest
+        self.static = inference == "static"
         self.gate_lr, self.body_lr, self.head_lr = gate_lr, body_lr, head_lr
         if self.example is None:
             raise MethodError(
@@ -143,7 +148,10 @@ class AdaFilter(Method):
         return self.loss(logits, y, filters=self.lam * chosen / sum(each.numel() for each in gates))
 
     def predict(self, x: Tensor) -> Tensor:
-        """Logits behind the gates, each picture with filters of its own."""
+        """Logits behind the gates, each picture with filters of its own, or all with the same."""
+        if self._settled():
+            logits: Tensor = functional_call(self.net, self._merged(self._mostly()), (x,))
+            return logits
         return self.run(x)[0]
 
     def run(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -161,20 +169,29 @@ class AdaFilter(Method):
         Raises:
             MethodError: static, and no pictures were looked at yet.
         """
-        if not static:
-            return self.gated.export(self.net, self.source.net, self.gate, self._example(), self._norms())
+        if not static and not self._settled():
+            made = self.gated.export(self.net, self.source.net, self.gate, self._example(), self._norms())
+            if "usage" in self.memory:  # what `gated.settled` makes an ordinary network of
+                tuned = ["".join("01"[stays] for stays in layer.tolist()) for layer in self._mostly()]
+                made.meta["routed"]["static"] = {"tuned": tuned, **described(self.memory["agreement"])}
+            return made
         if "usage" not in self.memory:
             raise MethodError(
                 "A static export needs to know which filters are chosen, and adafilter has looked at no "
                 "pictures yet: train it to the end, or call look(batches)."
             )
-        return self.merged([shares >= 0.5 for shares in self._by_site(self.memory["usage"])])
+        return self.merged(self._mostly())
+
+    def _settled(self) -> bool:
+        return self.static and "usage" in self.memory
+
+    def _merged(self, tuned: list[Tensor]) -> dict[str, Tensor]:
+        return merged(self.net, self.source.net, self.gated, tuned, self._norms())
 
     def merged(self, tuned: Iterable[Tensor]) -> nn.Module:
         """One ordinary network with these filters fine-tuned, for each of `sites` bool [filters]."""
         net = copy.deepcopy(self.net)
-        with torch.no_grad():
-            merge(net, self.source.net, self.gated, list(tuned), self._norms())
+        net.load_state_dict(self._merged(list(tuned)), strict=False)
         return net.requires_grad_(True).eval()
 
     @torch.no_grad()
@@ -197,13 +214,12 @@ class AdaFilter(Method):
             self.memory["chosen"] = torch.cat(chosen)  # [N, layers], how many filters were fine-tuned ones
             self.memory["labels"] = torch.cat(labels)
             self.memory["usage"] = ones / len(self.memory["chosen"])
-            static = self.export(static=True)
-            same = [
-                static(x).argmax(1) == self.predict(x).argmax(1)
-                for x, _ in (pictures if check is None else check)
-            ]
-            agreed = torch.cat(same).float()
-            self.memory["agreement"] = torch.tensor([agreed.mean(), len(agreed), float(check is not None)])
+            self.memory["agreement"] = agreement(
+                lambda x: self.run(x)[0],
+                self.export(static=True),
+                pictures if check is None else check,
+                held_out=check is not None,
+            )
         for module, training in before:
             module.training = training
 
@@ -236,7 +252,6 @@ class AdaFilter(Method):
                 "histogram": [int(n) for n in torch.histc(shares.float(), 10, 0, 1)],
             }
         widths = torch.tensor([site.filters for site in self.sites])
-        agreed, of, held_out = self.memory["agreement"].tolist()
         return {
             "tuned": _mean(usage),
             "entropy": _mean(entropy(usage)),
@@ -247,11 +262,8 @@ class AdaFilter(Method):
                 for shares in by_label(chosen / widths, self.memory["labels"].cpu())
             ],
             "pictures": extremes(chosen.sum(1, keepdim=True)),
-            "static": {
-                "agreement": round(agreed, 4),
-                "pictures": int(of),
-                "of": "validation" if held_out else "training",
-            },
+            "collapsed": one_way(usage),
+            "static": described(self.memory["agreement"]),
         }
 
     @classmethod
@@ -269,8 +281,17 @@ class AdaFilter(Method):
     def _look(self, data: Data) -> None:
         held_out = any(True for _ in data.val)
         self.look(data.plain, data.val if held_out else None)
-        if "usage" in self.memory:
-            self._warn(self.memory["usage"])
+        if "usage" not in self.memory:
+            return
+        usage = self.memory["usage"]
+        self._warn(usage)
+        if not (self._warned or self.static) and len(self.memory["chosen"]) >= FEW and one_way(usage):
+            self._warned = True
+            warnings.warn(
+                "adafilter takes the same filters for nearly all pictures: a network of half the size says "
+                "the same, export(static=True).",
+                stacklevel=2,
+            )
 
     def _choose(self, site: int, preference: Tensor) -> Tensor:
         if self.policy is not None:
@@ -306,6 +327,10 @@ class AdaFilter(Method):
         assert self.example is not None
         like = next(self.net.parameters())
         return self.example[:1].to(like.device, like.dtype)
+
+    def _mostly(self) -> list[Tensor]:
+        """By layer, which filters half of the pictures or more took fine-tuned: bool [filters]."""
+        return [shares >= 0.5 for shares in self._by_site(self.memory["usage"])]
 
     def _by_site(self, every: Tensor) -> list[Tensor]:
         return list(torch.split(every, [site.filters for site in self.sites]))

@@ -30,7 +30,8 @@ Differs from the paper:
 - pictures that are mixed with each other are refused.
 - preset `decathlon-official` leaves out what a run here does not have: a weight decay of 1e-3 for the policy
   alone, weight decay and cropping by data set, a rate that falls at epoch 40 of 110 and then no more (here at
-  two thirds), training on train and val together. Its policy keeps the norms and the pooling of ours.
+  two thirds), training on train and val together. Norms do not decay. Its policy keeps the norms and the
+  pooling of ours.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from headstart.parts.routed import blend, partition, policy_network, preferences
 from headstart.parts.space import Between
 from headstart.parts.statistics import uses_batch
 from headstart.parts.straight_through import gumbel_noise, straight_through
-from headstart.parts.usage import Usage, by_label, entropy, extremes
+from headstart.parts.usage import FEW, Usage, agreement, by_label, described, entropy, extremes, one_way
 
 
 class SpotTune(Method):
@@ -73,6 +74,8 @@ class SpotTune(Method):
             "routed" (a block like the others). Tokens and positions learn with "train" only.
         downsample: what changes the map between blocks: "own" (a block of its own), "merge" (goes with the
             next block) or "train" (one copy that learns).
+        inference: once trained per picture: "routed" (each picture its own way) or "static" (all that of most
+            training pictures: an ordinary network is scored and shipped).
         eval_routing: in `predict`: "argmax" (the preferred copy) or "sample" (drawn; the official code).
         policy_width: channels of the policy network's first stage. 16: ours, under 3 % of efficientnet-lite0.
         policy_size: pixels to which pictures are reduced for it; 0: not at all. 64: ours.
@@ -113,6 +116,7 @@ class SpotTune(Method):
                 "warmup": 0.0,
                 "label_smoothing": 0.0,
                 "batch_size": 128,
+                "augment": "no-flip",
                 "norm": "train",
             },
         ),
@@ -132,6 +136,7 @@ class SpotTune(Method):
         frozen_norm: Literal["eval", "adapt"] = "eval",
         stem: Literal["train", "frozen", "routed"] = "train",
         downsample: Literal["own", "merge", "train"] = "own",
+        inference: Literal["routed", "static"] = "routed",
         eval_routing: Literal["argmax", "sample"] = "argmax",
         policy_width: Annotated[int, Field(ge=4, multiple_of=4)] = 16,
         policy_size: NonNegativeInt = 64,
@@ -143,6 +148,7 @@ class SpotTune(Method):
         super().__init__(net, classes, **given)
         self.routing, self.k, self.lam_k, self.lam_e, self.settle = routing, k, lam_k, lam_e, settle
         self.tau, self.stem, self.eval_routing = tau, stem, eval_routing
+        self.static = inference == "static"
         self.policy_lr, self.body_lr, self.head_lr = policy_lr, body_lr, head_lr
         example = self._example()
         found = find_blocks(self.net, example)
@@ -245,7 +251,11 @@ class SpotTune(Method):
             source = copy.deepcopy(self.source.net)
             for name in self.names:
                 source.set_submodule(name, copy.deepcopy(self._frozen(name)))
-            return routed(self.net, source, self.policy, self.units, self._example(), self._policy_shape)
+            made = routed(self.net, source, self.policy, self.units, self._example(), self._policy_shape)
+            if "routes" in self.memory:  # what `routed.settled` makes an ordinary network of
+                tuned = [int(each) for each in self._kept()]
+                made.meta["routed"]["static"] = {"tuned": tuned, **described(self.memory["agreement"])}
+            return made
         net = copy.deepcopy(self.net)
         for name in self._without(self._kept()):
             net.set_submodule(name, copy.deepcopy(self._frozen(name)))
@@ -256,13 +266,8 @@ class SpotTune(Method):
         if "kept" in self.memory or not int(self.memory["batches"]):
             return {}
         v = self.usage.shares(self.memory)
-        if self.routing == "picture" and self.usage.collapsed(self.memory) and not self._warned:
-            self._warned = True
-            warnings.warn(
-                "spottune sends nearly all pictures the same way: a network of half the size says the same, "
-                "export(static=True).",
-                stacklevel=2,
-            )
+        if self.routing == "picture" and self.usage.collapsed(self.memory):
+            self._warn()
         return {"tuned": _by_name(self.units, v), "bits": _by_name(self.units, entropy(v))}
 
     def diagnostics(self) -> dict[str, Any]:
@@ -280,7 +285,8 @@ class SpotTune(Method):
                 "bits": _by_name(self.units, entropy(v)),
                 "by_class": by_label(routes, labels),
                 "pictures": extremes(routes),
-                "static": {"kept": self._kept_labels(), "agrees": float(self.memory["agrees"])},
+                "collapsed": one_way(v),
+                "static": {"kept": self._kept_labels(), **described(self.memory["agreement"])},
             }
         return shown
 
@@ -314,13 +320,29 @@ class SpotTune(Method):
             self.memory["routes"] = torch.cat([chosen for chosen, _ in seen]).to(torch.uint8)  # [N, L]
             self.memory["labels"] = torch.cat([labels for _, labels in seen])
             kept = self._kept()
-            same = [
-                self.predict(x).argmax(1) == self._constant(x, kept).argmax(1)
-                for x, _ in (data.val if any(True for _ in data.val) else data.plain)
-            ]
-        self.memory["agrees"] = torch.cat(same).double().mean()
+            held_out = any(True for _ in data.val)
+            self.memory["agreement"] = agreement(
+                self.predict,
+                partial(self._constant, kept=kept),
+                data.val if held_out else data.plain,
+                held_out,
+            )
+        if self.static:
+            self.memory["kept"] = torch.tensor(kept)
+        elif len(self.memory["routes"]) >= FEW and one_way(self.memory["routes"].double().mean(0)):
+            self._warn()
 
     # ------------------------------------------------------------------ routes
+
+    def _warn(self) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            "spottune sends nearly all pictures the same way: a network of half the size says the same, "
+            "export(static=True).",
+            stacklevel=3,
+        )
 
     def _example(self) -> Tensor:
         if self.example is None:
