@@ -88,6 +88,7 @@ class Quick:
             split_seed=run.seed if run.split_seed is None else run.split_seed,
             seed=run.seed,
             epochs=run.epochs,
+            n_train=run.train_size or 80,
             seconds=0.25 * run.epochs,
             parameters=Parameters(trained=10, shipped=20),
             recipe=prepared.recipe,

@@ -12,6 +12,7 @@ from statistics import mean
 from typing import Any
 
 from headstart.comparison import ledger
+from headstart.comparison.curve import curves
 from headstart.comparison.grid import Grid
 from headstart.comparison.ledger import Entry
 from headstart.comparison.search import OBJECTIVE, Study
@@ -223,7 +224,15 @@ class Books:
         self._write_rest(found)
         return found
 
+    def curves(self, take: str | None) -> dict[str, Any] | None:
+        """Accuracy against labels, and what more of them would bring; None where one size was run."""
+        if len(self.grid.train_sizes) < 2 and not self.curve:
+            return None
+        return curves([*self.entries, *self.curve], take)
+
     def _write_rest(self, found: Verdict) -> None:
+        for name in ("search.json", "sizes.json", "curve.json"):  # of an earlier call, which asked for more
+            (self.folder / name).unlink(missing_ok=True)
         self.write_asked()
         if self.options.searches:
             searched = {
@@ -236,6 +245,9 @@ class Books:
                 ),
             }
             ledger.write(self.folder / "search.json", _json(searched))
+        curve = self.curves(None if found.take is None else found.take.method)
+        if curve is not None:
+            ledger.write(self.folder / "curve.json", _json(curve))
         if len(self.grid.train_sizes) > 1:
             sizes = [
                 {

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 from headstart.comparison.search import Watch, objective
 from headstart.errors import HeadstartError
 from headstart.records import Recipe, Result, Run
-from headstart.training import job
 from headstart.training.events import Reporter
 from headstart.training.folder import write_json
 
@@ -70,14 +69,18 @@ class Executor(Protocol):
 class Here:
     """As `headstart train` does it."""
 
-    def prepare(self, run: Run, *, share: Any, say: Callable[[str], None]) -> job.Prepared:
+    def prepare(self, run: Run, *, share: Any, say: Callable[[str], None]) -> Prepared:
         """See `headstart.training.job.prepare`."""
+        from headstart.training import job  # torch: who is given another executor does without
+
         return job.prepare(run, share=share, say=say)
 
     def execute(
         self, prepared: Any, folder: Path, *, resume: bool, overwrite: bool, reporter: Reporter
     ) -> Result:
         """See `headstart.training.job.execute`."""
+        from headstart.training import job
+
         try:
             return job.execute(prepared, folder, resume=resume, overwrite=overwrite, reporter=reporter)
         finally:

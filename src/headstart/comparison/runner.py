@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -46,6 +47,15 @@ class Comparison:
     def table(self) -> list[dict[str, Any]]:
         """One plain dict per method; see `headstart.comparison.verdict.Row`."""
         return [row.model_dump() for row in self.judgement.rows]
+
+    @cached_property
+    def curve(self) -> dict[str, Any] | None:
+        """Accuracy against the number of labels, and advice in numbers; None where one size was run."""
+        path = self.folder / "curve.json"
+        if not path.is_file():
+            return None
+        read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return read
 
     @property
     def failed(self) -> list[Failure]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
-from headstart.method import Phase
 from headstart.records import Result
+
+if TYPE_CHECKING:
+    from headstart.method import Phase  # torch comes with it; who only reports does without
 
 
 class Standing(NamedTuple):

@@ -1,0 +1,163 @@
+"""Ray: two machines, one of which is lost; an address at which nobody answers."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from quick import Quick
+
+from headstart.comparison.runner import compare
+from headstart.errors import ConfigError, Unreachable
+
+ray = pytest.importorskip("ray", reason="Ray is the extra 'cluster'")
+
+from headstart.comparison import cluster  # noqa: E402
+
+HERE = Path(__file__).parent
+ASKED: dict[str, Any] = {"methods": "full,l2-sp", "splits": 1, "seeds": 3, "epochs": 4, "trials": 2}
+
+# Ray leaves sockets and processes to the garbage collector, and warns of its own future.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def machines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """Two machines of two cores each, as far as Ray can tell."""
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_health_check_period_ms", "500")
+    from ray.cluster_utils import Cluster
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 2, "object_store_memory": 80_000_000, "include_dashboard": False},
+        )
+        made.add_node(num_cpus=2, object_store_memory=80_000_000)
+        made.wait_for_nodes()
+    try:
+        yield made
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ray.shutdown()
+            made.shutdown()
+
+
+@pytest.mark.slow
+def test_a_lost_machine_costs_its_runs_alone(machines: Any, tmp_path: Path) -> None:
+    compare("pictures", out=tmp_path / "whole", executor=Quick(), **ASKED)
+    out, log = tmp_path / "out", tmp_path / "log"
+    other = next(iter(machines.worker_nodes))
+
+    def lose() -> None:
+        until = time.monotonic() + 60
+        while not (log.exists() and log.stat().st_size) and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        machines.remove_node(other, allow_graceful=False)
+
+    killer = threading.Thread(target=lose)
+    killer.start()
+    found = compare(
+        *("pictures",),
+        out=out,
+        executor=Quick(pause=0.1, log=str(log)),
+        on="ray",
+        address=machines.address,
+        jobs=4,
+        **ASKED,
+    )
+    killer.join()
+    assert found.failed == []
+    assert (out / "results.csv").read_text() == (tmp_path / "whole" / "results.csv").read_text()
+    assert len([node for node in ray.nodes() if node["Alive"]]) == 1 if ray.is_initialized() else True
+
+
+def test_an_address_at_which_nobody_listens(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    begun = time.monotonic()
+    with pytest.raises(Unreachable, match=f"No Ray cluster answers at 127.0.0.1:{port}") as caught:
+        compare("x", "full", out=tmp_path / "out", on="ray", address=f"127.0.0.1:{port}")
+    assert time.monotonic() - begun < 15
+    assert "ray start --head" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_listens_is_not_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Never:
+        @staticmethod
+        def init(**options: Any) -> None:
+            time.sleep(5)
+
+    monkeypatch.setattr(cluster, "JOINED_IN", 0.1)
+    with pytest.raises(Unreachable, match="did not take us in"):
+        cluster._join(Never, "127.0.0.1:1", {})
+
+
+@pytest.mark.parametrize("address", ["here", "host:", ":", "host:port", "ray://host"])
+def test_what_is_no_address(tmp_path: Path, address: str) -> None:
+    with pytest.raises(ConfigError, match="address is host:port"):
+        compare("x", "full", out=tmp_path / "out", on="ray", address=address)
+
+
+def test_where_else_runs_cannot_be_done(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="on is 'ray'"):
+        compare("x", "full", out=tmp_path / "out", on="slurm")
+    with pytest.raises(ConfigError, match="with --on ray"):
+        compare("x", "full", out=tmp_path / "out", address="host:1")
+
+
+def test_ray_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(ConfigError, match="headstart\\[cluster\\]"):
+        cluster.connect(None)
+
+
+def test_what_a_run_asks_of_a_machine() -> None:
+    def nodes(*cores: int, gpus: int = 0) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": {"CPU": n, **({"GPU": gpus} if gpus else {})}} for n in cores]
+
+    assert cluster._resources(nodes(8, 16), None, "cpu") == ({"num_cpus": 4}, 6)
+    assert cluster._resources(nodes(2, 16), None, "cpu") == ({"num_cpus": 2}, 9)
+    assert cluster._resources(nodes(2, 2), 4, "cpu") == ({"num_cpus": 1}, 4)
+    assert cluster._resources(nodes(16, gpus=8), None, "auto") == ({"num_gpus": 1, "num_cpus": 2}, 8)
+    assert cluster._resources(nodes(16, gpus=8), None, "cpu") == ({"num_cpus": 4}, 4)
+    with pytest.raises(Unreachable, match="no machine"):
+        cluster._resources([{"Alive": False, "Resources": {"CPU": 8}}], None, "cpu")
+
+
+def test_pictures_can_be_sent_to_a_machine_without_the_files(pictures: Path, tmp_path: Path) -> None:
+    import pickle
+
+    import numpy as np
+
+    from headstart.data.loader import load
+    from headstart.data.transforms import Preprocess
+    from headstart.records import Run
+
+    task = load(Run(data=str(pictures)), Preprocess(size=32), cache=tmp_path / "cache")
+    assert task.pictures.where is not None
+    sent = pickle.loads(pickle.dumps(task.pictures.in_memory()))
+    assert sent.where is None
+    index = task.split.index("val")
+    assert np.array_equal(sent.plain(index), task.pictures.plain(index))
+    assert np.array_equal(sent.large(index[0]), task.pictures.large(index[0]))
+
+
+def test_the_environment_is_told_to_keep_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
+    with pytest.raises(ConfigError):
+        cluster.connect("nowhere")
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"

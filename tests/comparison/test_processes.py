@@ -1,0 +1,184 @@
+"""Several processes: the same table, whoever is killed, whenever."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from quick import Quick
+
+from headstart.comparison import ledger
+from headstart.comparison.processes import places
+from headstart.comparison.runner import compare
+from headstart.errors import ConfigError, OutputError
+
+HERE = Path(__file__).parent
+ASKED: dict[str, Any] = {"methods": "full,l2-sp,probe", "splits": 2, "seeds": 2, "epochs": 6, "trials": 8}
+RUNS = 12 + 3 * 2 * 8  # 60
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="worker processes need POSIX")
+
+
+@pytest.fixture(autouse=True)
+def _found_by_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+
+
+def table(out: Path) -> str:
+    return (out / "results.csv").read_text()
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    with (out / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def searched(out: Path) -> list[Any]:
+    studies: list[Any] = json.loads((out / "search.json").read_text())["studies"]
+    return studies
+
+
+def test_two_processes_give_the_table_of_one(tmp_path: Path) -> None:
+    one = compare("pictures", out=tmp_path / "one", executor=Quick(), jobs=1, **ASKED)
+    two = compare("pictures", out=tmp_path / "two", executor=Quick(), jobs=2, **ASKED)
+    assert table(tmp_path / "two") == table(tmp_path / "one")
+    assert searched(tmp_path / "two") == searched(tmp_path / "one")
+    assert two.judgement == one.judgement
+    assert len(rows(tmp_path / "one")) == RUNS
+
+
+def test_sixty_runs_survive_twenty_kills(tmp_path: Path) -> None:
+    """SIGKILL of the driver or of a worker, at random moments: nothing is lost, nothing repeated."""
+    compare("pictures", out=tmp_path / "whole", executor=Quick(), **ASKED)
+    out, log = tmp_path / "out", tmp_path / "log"
+    script = textwrap.dedent(
+        f"""
+        import sys
+        from pathlib import Path
+        from quick import Quick
+        from headstart.comparison.runner import compare
+        executor = Quick(pause=0.02, log={str(log)!r})
+        compare("pictures", out={str(out)!r}, executor=executor, jobs=2, **{ASKED!r})
+        """
+    )
+    rng = random.Random(0)
+    kills = Counter[str]()
+    driver = None
+    for _ in range(200):
+        if sum(kills.values()) == 20:
+            break
+        if driver is None or driver.poll() is not None:
+            driver = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+            begins(driver, log)
+        time.sleep(rng.random() * 0.5)
+        workers = children(driver.pid)
+        if workers and rng.random() < 0.75:
+            victim, who = rng.choice(workers), "worker"
+        else:
+            victim, who = driver.pid, "driver"
+        if driver.poll() is not None:
+            break  # all runs are done
+        os.kill(victim, signal.SIGKILL)
+        kills[who] += 1
+        if who == "driver":
+            driver.wait()
+    if driver is not None:
+        driver.wait(120)
+    compare("pictures", out=out, executor=Quick(log=str(log)), jobs=1, **ASKED)
+    assert table(out) == table(tmp_path / "whole")
+    assert searched(out) == searched(tmp_path / "whole")
+    whole = json.loads((tmp_path / "whole" / "verdict.json").read_text())
+    assert json.loads((out / "verdict.json").read_text()) == whole
+    assert min(kills["driver"], kills["worker"]) >= 3
+    assert sum(kills.values()) >= 15
+    # An epoch is trained again only where a kill came before its checkpoint: one in each process that died.
+    repeated = sum(n - 1 for n in Counter(log.read_text().splitlines()).values())
+    assert repeated <= 2 * kills["driver"] + kills["worker"]
+
+
+def size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def begins(driver: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until it trains."""
+    before, until = size(log), time.monotonic() + 60
+    while size(log) == before and driver.poll() is None:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def children(pid: int) -> list[int]:
+    import psutil
+
+    try:
+        return [child.pid for child in psutil.Process(pid).children()]
+    except psutil.NoSuchProcess:
+        return []
+
+
+class Deadly(Quick):
+    """Kills its process in every run of l2-sp."""
+
+    def execute(self, prepared: Any, folder: Path, **more: Any) -> Any:
+        if prepared.run.method == "l2-sp":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().execute(prepared, folder, **more)
+
+
+def test_a_run_that_kills_its_process_is_given_up(tmp_path: Path) -> None:
+    from test_processes import Deadly as Found  # by the name that workers know it under
+
+    found = compare("x", "full,l2-sp", out=tmp_path, executor=Found(), jobs=2, seeds=1, epochs=2)
+    (failure,) = found.failed
+    assert failure.method == "l2-sp"
+    assert "was killed by signal 9, 3 times" in failure.reason
+    assert [result.method for result in found.results] == ["full"]
+
+
+def test_a_comparison_waits_for_the_workers_of_a_killed_one(tmp_path: Path) -> None:
+    lock = tmp_path / ".lock.workers"
+    holder = subprocess.Popen(
+        [
+            *(sys.executable, "-c"),
+            "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_SH); "
+            "print('held', flush=True); time.sleep(60)",
+            str(lock),
+        ],
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    with pytest.raises(OutputError, match="still at work"):
+        ledger.gone(lock, patience=0.2)
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    ledger.gone(lock, patience=5)
+
+
+def test_cores_and_devices_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headstart.comparison.processes.visible", lambda: ["2", "5"])
+    assert [p.environment["CUDA_VISIBLE_DEVICES"] for p in places(3, "auto")] == ["2", "5", "2"]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
+    assert [place.cores for place in places(2, "cpu")] == [(0, 1), (2, 3)]
+    assert [place.environment["OMP_NUM_THREADS"] for place in places(2, "cpu")] == ["2", "2"]
+    assert [place.cores for place in places(5, "cpu")] == [None] * 5
+
+
+@pytest.mark.parametrize("jobs", [0, True, "two"])
+def test_jobs_are_a_number(tmp_path: Path, jobs: Any) -> None:
+    with pytest.raises(ConfigError, match="jobs is how many"):
+        compare("x", "full", out=tmp_path / "out", jobs=jobs)
+    assert not (tmp_path / "out").exists()
