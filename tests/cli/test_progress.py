@@ -12,7 +12,7 @@ from rich.console import Console
 from headstart.cli.progress import Bars, counting, reporter, say_on_stderr
 from headstart.method import Loss, Phase
 from headstart.records import Result, Run, Score
-from headstart.training.events import Lines, Reporter
+from headstart.training.events import Lines, Reporter, Standing
 
 
 def phase(done: int = 0) -> Phase:
@@ -113,3 +113,45 @@ def test_lines_for_people_go_to_stderr(
     with counting("pictures") as progress:
         progress(1, 2)
     assert capsys.readouterr().out == ""
+
+
+def standing(**more: Any) -> Standing:
+    told: dict[str, Any] = {
+        "done": 3,
+        "total": 8,
+        "failed": 1,
+        "spent": 192.0,
+        "left": 700.0,
+        "leader": "lp-ft",
+        "leads_with": 0.8421,
+        "under_way": {},
+    }
+    return Standing(**(told | more))
+
+
+def test_where_a_comparison_stands_in_a_line() -> None:
+    assert standing().said == "3.2 min spent, about 11.7 min left; 1 failed; leads on val: lp-ft 0.842"
+    assert standing(left=None, failed=0, leader=None).said == "3.2 min spent"
+    assert standing(spent=7300.0, done=8).said.startswith("2.0 h spent; 1 failed")
+    told = io.StringIO()
+    lines = Lines(told)
+    for each in (standing(done=0), standing(), standing(), standing(done=4)):
+        lines.standing(each)
+    said = told.getvalue().splitlines()
+    assert [line.split(";")[0] for line in said] == ["3 of 8 runs done", "4 of 8 runs done"]
+
+
+def test_bars_of_runs_in_other_processes() -> None:
+    bars = Bars(Console(file=io.StringIO(), width=160, force_terminal=True))
+    bars.begin(8)
+    record = {"epoch": 2, "epochs": 5, "loss": 0.5, "val_accuracy": 0.75}
+    bars.standing(standing(under_way={"full-1-s0": {}, "probe-1-s0": record}))
+    shown = {task.description: task for task in bars._bars.tasks}
+    assert (shown["all runs"].completed, shown["all runs"].total) == (3, 8)
+    assert "leads on val: lp-ft" in shown["all runs"].fields["said"]
+    assert (shown["probe-1-s0"].completed, shown["probe-1-s0"].total) == (2, 5)
+    assert "val 0.750" in shown["probe-1-s0"].fields["said"]
+    bars.standing(standing(done=4, under_way={"probe-1-s0": record}))
+    assert {task.description for task in bars._bars.tasks} == {"all runs", "probe-1-s0"}
+    bars.end()
+    assert [task.description for task in bars._bars.tasks] == ["all runs"]

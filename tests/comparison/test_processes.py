@@ -58,6 +58,7 @@ def test_two_processes_give_the_table_of_one(tmp_path: Path) -> None:
     assert len(rows(tmp_path / "one")) == RUNS
 
 
+@pytest.mark.slow
 def test_sixty_runs_survive_twenty_kills(tmp_path: Path) -> None:
     """SIGKILL of the driver or of a worker, at random moments: nothing is lost, nothing repeated."""
     compare("pictures", out=tmp_path / "whole", executor=Quick(), **ASKED)

@@ -12,7 +12,7 @@ import typer
 
 from headstart.cli import outcome
 from headstart.cli.asked import asked, check_hyper, write
-from headstart.cli.options import Data, Json, Out, run_options
+from headstart.cli.options import Data, Json, Out, Track, run_options
 from headstart.errors import ConfigError
 from headstart.records import Run
 
@@ -24,7 +24,7 @@ METHODS = "probe,full,lp-ft,l2-sp"
 SEEDS = 3
 
 # What a comparison takes beside the fields of a run; `compare` takes all of it under the same names.
-_ASKED = ("splits", "train_sizes", "trials", "budget", "learning_curve", "jobs", "on", "address")
+_ASKED = ("splits", "train_sizes", "trials", "budget", "learning_curve", "jobs", "on", "address", "track")
 _EXTRA = ("methods", "seeds", "baseline", *_ASKED)
 _PER_RUN = {
     "method": "--methods",
@@ -115,6 +115,7 @@ def run(
         str | None,
         typer.Option(metavar="ray", help="Do the runs on a Ray cluster.", rich_help_panel="Machine"),
     ] = None,
+    track: Track = None,
     address: Annotated[
         str | None,
         typer.Option(
@@ -150,6 +151,7 @@ def run(
         "jobs": jobs,
         "on": on,
         "address": address,
+        "track": track,
     }
     flags |= {name: value for name, value in given.items() if value is not None}
     fields = asked(config=config, flags=flags, sets=sets, extra=_EXTRA, per_method=True)

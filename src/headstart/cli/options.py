@@ -68,6 +68,15 @@ Out = typing.Annotated[
 ]
 Json = typing.Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
 
+Track = typing.Annotated[
+    str | None,
+    typer.Option(
+        metavar="A,B",
+        help="Tell trackers too: tensorboard, mlflow, wandb, trackio; each is an extra.",
+        rich_help_panel="Machine",
+    ),
+]
+
 _SET = typer.Option(
     "--set",
     metavar="KEY=VALUE",

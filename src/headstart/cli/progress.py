@@ -22,7 +22,7 @@ from rich.progress import (
 from headstart.cli.outcome import is_main
 from headstart.method import Phase
 from headstart.records import Result
-from headstart.training.events import Lines, Reporter
+from headstart.training.events import Lines, Reporter, Standing
 
 
 def reporter() -> Reporter:
@@ -54,6 +54,7 @@ class Bars(Reporter):
         )
         self._whole: TaskID | None = None
         self._run: TaskID | None = None
+        self._others: dict[str, TaskID] = {}  # runs of other processes
         self._name, self._many = "", False
 
     def begin(self, runs: int) -> None:
@@ -85,6 +86,24 @@ class Bars(Reporter):
                 said="",
             )
 
+    def standing(self, standing: Standing) -> None:
+        """The bar over all runs, with spend, time left and leader; one for each run of another process."""
+        if self._whole is None:
+            return
+        self._bars.update(self._whole, total=standing.total, completed=standing.done, said=standing.said)
+        for name in self._others.keys() - standing.under_way.keys():
+            self._bars.remove_task(self._others.pop(name))
+        for name, record in standing.under_way.items():
+            if name not in self._others:
+                self._others[name] = self._bars.add_task(name, total=None, unit="epochs", said="")
+            if record:
+                said = f"loss {record['loss']:.3f}"
+                if record.get("val_accuracy") is not None:
+                    said += f"  val {record['val_accuracy']:.3f}"
+                self._bars.update(
+                    self._others[name], total=record["epochs"], completed=record["epoch"], said=said
+                )
+
     def step(self) -> None:
         """One step further."""
         if self._run is not None:
@@ -103,6 +122,8 @@ class Bars(Reporter):
         self._drop()
         if self._whole is not None:
             self._bars.advance(self._whole)
+        if result.run.trial and result.status != "failed":
+            return
         if result.status != "finished":
             self.say(f"{self._name}  {result.status}: {result.reason}")
         elif result.test is not None and self._many:
@@ -114,6 +135,9 @@ class Bars(Reporter):
     def end(self) -> None:
         """Take the bars away."""
         self._drop()
+        for task in self._others.values():
+            self._bars.remove_task(task)
+        self._others.clear()
         self._bars.stop()
 
     def _drop(self) -> None:

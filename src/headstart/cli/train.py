@@ -9,7 +9,7 @@ import typer
 
 from headstart.cli import outcome
 from headstart.cli.asked import asked, check_hyper, write
-from headstart.cli.options import Data, Json, Out, run_options
+from headstart.cli.options import Data, Json, Out, Track, run_options
 from headstart.errors import ConfigError
 from headstart.records import Run
 
@@ -25,6 +25,7 @@ def run(
     out: Out = None,
     resume: Annotated[bool, typer.Option(help="Go on with the same run, interrupted in --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another run in --out.")] = False,
+    track: Track = None,
     json: Json = False,
     sets: list[str] | None = None,
     config: Path | None = None,
@@ -50,8 +51,11 @@ def run(
 
     from headstart.cli.progress import reporter
     from headstart.training.job import execute, prepare
+    from headstart.training.trackers import tracked
 
     telling = reporter()
+    if track is not None and outcome.is_main():
+        telling = tracked(telling, track, out.absolute().parent)
     prepared = prepare(run, say=telling.say)
     telling.begin(1)
     telling.run(prepared.name, 1, 1)

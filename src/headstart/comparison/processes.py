@@ -21,7 +21,8 @@ from headstart.comparison.crew import Ended, Executor, Prepared, Task, again
 from headstart.errors import ConfigError
 from headstart.training.events import Reporter
 
-DEATHS = 3  # of one run's process, before the run is given up: it may be what kills it
+DEATHS = 3  # of a run's process with no epoch in between, before it is given up: it may be what kills it
+UNBORN = 20
 
 
 @dataclass
@@ -32,6 +33,7 @@ class _Worker:
     line: Connection
     slot: int
     task: Task | None = None
+    begun: bool = False  # it has the task in its hands
     last: dict[str, Any] = field(default_factory=dict)
 
 
@@ -48,6 +50,7 @@ class Processes:
         self._places = places(jobs, device)
         self._workers: dict[int, _Worker] = {}
         self._deaths: Counter[str] = Counter()
+        self._unborn = 0  # processes in a row that were killed before they began anything
 
     @property
     def busy(self) -> int:
@@ -75,8 +78,11 @@ class Processes:
             except (EOFError, OSError):
                 return self._died(worker)
             assert worker.task is not None
-            if what == "epoch":
+            if what == "begun":
+                worker.begun = True
+            elif what == "epoch":
                 worker.last = said
+                del self._deaths[worker.task.name]  # it gets on
             elif what == "say":
                 self.reporter.say(f"{worker.task.name}: {said}")
             else:
@@ -99,7 +105,7 @@ class Processes:
 
     def _give(self, slot: int, task: Task) -> None:
         worker = self._workers.get(slot) or self._begin(slot)
-        worker.task, worker.last = task, {}
+        worker.task, worker.begun, worker.last = task, False, {}
         with contextlib.suppress(OSError):  # it died while it had nothing to do; `next` hears of it
             worker.line.send(task)
 
@@ -128,12 +134,14 @@ class Processes:
         worker.line.close()
         code = worker.process.wait()
         del self._workers[worker.slot]
-        self._deaths[task.name] += 1
+        self._deaths[task.name] += worker.begun or code >= 0  # killed before it began: not the run's doing
+        self._unborn = 0 if worker.begun else self._unborn + 1
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-        if self._deaths[task.name] >= DEATHS:
+        if self._deaths[task.name] >= DEATHS or self._unborn >= UNBORN:
+            times = max(self._deaths[task.name], self._unborn)
             return Ended(
                 task,
-                f"Its process {how}, {DEATHS} times. Where memory ran out, use fewer --jobs or a smaller "
+                f"Its process {how}, {times} times. Where memory ran out, use fewer --jobs or a smaller "
                 "--batch-size.",
             )
         self.reporter.say(f"{task.name}: its process {how}; it goes on in another one.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from headstart.comparison.walk import Walk
 from headstart.errors import ConfigError, OutputError
 from headstart.records import Result
 from headstart.training.events import Reporter
+from headstart.training.trackers import tracked
 
 if TYPE_CHECKING:
     from headstart.ship.predict import Predictor
@@ -106,6 +107,7 @@ def compare(
     jobs: int | None = None,
     on: str | None = None,
     address: str | None = None,
+    track: str | Sequence[str] | None = None,
     command: str | None = None,
     **fields: Any,
 ) -> Comparison:
@@ -142,6 +144,7 @@ def compare(
         jobs: processes on this machine, each doing a run at a time. None: one per GPU; else this one alone.
         on: "ray": do the runs on a Ray cluster.
         address: of the cluster; None: the one this machine belongs to, or a new one on this machine.
+        track: trackers that are told: "tensorboard", "mlflow", "wandb", "trackio"; None: none of them.
         command: the line that asks for all this, for the report.
         fields: fields of `headstart.Run` that all runs share, such as `epochs=20`.
 
@@ -177,7 +180,7 @@ def compare(
     where = _where(jobs, on, address, str(fields.get("device", "auto")))
     folder = Path(out)
     _claim(folder)
-    reporter, executor = reporter or Reporter(), executor or Here()
+    reporter, executor = tracked(reporter or Reporter(), track, folder), executor or Here()
     with ledger.alone(folder):
         crew = where(executor, reporter, folder)
         books = Books(grid, folder, options, jobs=crew.size)

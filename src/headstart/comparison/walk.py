@@ -231,6 +231,7 @@ class Walk:
                 reason = f"{folder} ended, but {error}."
         if self.crew.size > 1:  # else the run has told all this itself
             self._announce(ended.task.name, begun=False)
+            self.reporter.history(epochs_of(folder))
             if found is not None:
                 self.reporter.row(found)
         if found is None:

@@ -55,6 +55,7 @@ def serve(line: Connection) -> None:
     while True:
         task = tasks.get()
         with suppress(BrokenPipeError):  # the listening thread ends us
+            line.send(("begun", None))
             ended, share = _do(executor, task, share, Told(line))
             line.send(("ended", (ended.reason, ended.trace)))
         assert held is None or not held.closed  # the lock is ours as long as we live

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from headstart.records import Result
@@ -24,6 +24,25 @@ class Standing(NamedTuple):
     leader: str | None  # best on validation so far
     leads_with: float | None  # its validation accuracy
     under_way: Mapping[str, Mapping[str, Any]]  # by run, its last epoch's record; of other processes
+
+    @property
+    def said(self) -> str:
+        """'3.2 min spent, about 12.0 min left; leads on val: full 0.840'"""
+        text = f"{duration(self.spent)} spent"
+        if self.left is not None and self.done < self.total:
+            text += f", about {duration(self.left)} left"
+        if self.failed:
+            text += f"; {self.failed} failed"
+        if self.leader is not None:
+            text += f"; leads on val: {self.leader} {self.leads_with:.3f}"
+        return text
+
+
+def duration(seconds: float) -> str:
+    """'45 s', '3.2 min', '1.5 h': two digits are enough to wait by."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class Reporter:
@@ -50,6 +69,9 @@ class Reporter:
     def row(self, result: Result) -> None:
         """A run is done, or failed, or was done before."""
 
+    def history(self, records: Sequence[dict[str, Any]]) -> None:
+        """All epochs of a run that another process did; told when it is over, before its row."""
+
     def standing(self, standing: Standing) -> None:
         """How far a comparison of many runs is."""
 
@@ -64,6 +86,13 @@ class Lines(Reporter):
         self.stream = sys.stderr if stream is None else stream
         self.prefix = ""
         self.started = time.perf_counter()
+        self._told = 0  # runs that were done when the standing was last told
+
+    def standing(self, standing: Standing) -> None:
+        """A line whenever a run more is done."""
+        if standing.done > self._told and standing.total > 1:
+            self._told = standing.done
+            self._print(f"{standing.done} of {standing.total} runs done; {standing.said}")
 
     def run(self, name: str, index: int, total: int) -> None:
         """Lines of a run begin with its place and name."""
@@ -90,6 +119,9 @@ class Lines(Reporter):
         """How the run ended."""
         if result.status != "finished":
             self._print(f"{result.status}: {result.reason}")
+        elif result.run.trial and result.val is not None:
+            val = result.val
+            self._print(f"tried in {result.seconds:.0f} s  val accuracy {val.accuracy:.3f} (n={val.n})")
         elif result.test is not None:
             test = result.test
             self._print(f"finished in {result.seconds:.0f} s  test accuracy {test.accuracy:.3f} (n={test.n})")

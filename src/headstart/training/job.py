@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import platform
 import shlex
 import time
@@ -41,6 +42,7 @@ from headstart.training.folder import claimed, write_npz
 from headstart.training.loop import fit
 from headstart.training.machine import Machine, Placed
 from headstart.training.score import predictions, score
+from headstart.training.trackers import tracked
 
 # Pictures per batch where nothing is learnt: what a CPU's caches hold; a GPU wants more at once.
 _SCORED_AT_ONCE = {"cpu": 16, "cuda": 128, "mps": 64}
@@ -386,6 +388,7 @@ def train(
     resume: bool = True,
     overwrite: bool = False,
     reporter: Reporter | None = None,
+    track: str | list[str] | None = None,
     **fields: Any,
 ) -> Trained:
     """Fine-tune a network on a folder of pictures with one method.
@@ -396,6 +399,7 @@ def train(
         resume: go on with the same run where it was interrupted.
         overwrite: replace another run that lies in `out`.
         reporter: told what happens; None is quiet.
+        track: trackers that are told: "tensorboard", "mlflow", "wandb", "trackio"; None: none of them.
         fields: fields of `headstart.Run`, such as `method="l2-sp"`, `epochs=20`, `hyper={"alpha": 0.1}`.
 
     Raises:
@@ -403,6 +407,8 @@ def train(
     """
     reporter = reporter or Reporter()
     run = Run.asked(data=str(data), **fields)
+    if track is not None and os.environ.get("RANK", "0") == "0":  # of several processes, the first tells
+        reporter = tracked(reporter, track, Path(out).absolute().parent)
     prepared = prepare(run, say=reporter.say)
     reporter.begin(1)
     reporter.run(prepared.name, 1, 1)
