@@ -146,6 +146,7 @@ class Resampled:
         self._neither = self._rng.gamma(1.0, size=draws)
         self._uniform = self._rng.random(draws)
         self._t: dict[int, NDArray[np.float64]] = {}
+        self._counted: dict[frozenset[Any], int] = {}  # different pictures in some seeds
         self._known: dict[tuple[str, str], _Difference | None] = {}
 
     def accuracy(self, method: str) -> Interval:
@@ -230,7 +231,10 @@ class Resampled:
         return share
 
     def _distinct(self, seeds: list[Any]) -> int:
-        return len(np.unique(np.concatenate([self._pictures[s] for s in seeds])))
+        key = frozenset(seeds)
+        if key not in self._counted:
+            self._counted[key] = len(np.unique(np.concatenate([self._pictures[s] for s in key])))
+        return self._counted[key]
 
     def _moved(
         self, drawn: list[NDArray[np.float64]], points: list[float], spread: float

@@ -398,8 +398,8 @@ class _Judge:
         return [by[at] for at in sorted(by)]
 
     def _distinct(self, split: str) -> int:
-        hashes = [entry.answers[split].hashes for runs in self.runs.values() for entry in runs.values()]
-        return len(np.unique(np.concatenate(hashes)))
+        by = {at: entry.answers[split].hashes for runs in self.runs.values() for at, entry in runs.items()}
+        return len(np.unique(np.concatenate(list(by.values()))))
 
     def _seconds(self, label: str) -> float:
         return float(np.mean([self._result(label, at).seconds for at in self.runs[label]]))
