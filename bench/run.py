@@ -34,6 +34,8 @@ NAMES = (
     "route",
     "selection",
     "serve",
+    "judge",
+    "report",
     "demo",
 )
 

@@ -268,6 +268,8 @@ class _Judge:
             gaps.setdefault(at.split, []).append(
                 self.test.point(label, at) - self.test.point(self.baseline, at)
             )
+        if len(gaps) == 2:  # the interval would be wider than all accuracies there are
+            return None
         if len(gaps) == 1:
             tested = corrected_t(next(iter(gaps.values())), 0.0)
         else:
@@ -360,8 +362,9 @@ class _Judge:
             rival = self.baseline if self.baseline in tied else min(tied, key=self._seconds)
             cost = f"{_time(self._seconds(chosen))} against {_time(self._seconds(rival))} of {rival}"
             text += f"; take the cheapest, {chosen} ({cost})"
-        halves = [d.half_width for label in tied if (d := self.test.difference(label, chosen)) is not None]
-        return text + f". Differences below about {100 * min(halves):.1f} points could not have been seen."
+        smallest = self._smallest()
+        seen = "" if smallest is None else f" Differences below about {100 * smallest:.1f} points could not"
+        return f"{text}.{seen} have been seen." if seen else f"{text}."
 
     def _overruled(self, chosen: str, leader: str, best: str, gap: Interval) -> str:
         how = "the best" if chosen == leader else f"the cheapest of those that tie with {leader}"

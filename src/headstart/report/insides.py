@@ -111,7 +111,10 @@ def channel_weights(run: Seen, id: str) -> Figure | None:
         "Which channels are held near the source's",
         f"Weights of the channels of {several(len(taps), 'layer')}, largest first, against the mean.",
         traces,
-        {"xaxis": axis("channels, % of the layer"), "yaxis": axis("weight, × the mean", type="log")},
+        {
+            "xaxis": axis("channels, % of the layer"),
+            "yaxis": axis("weight, × the mean", type="log", tickvals=[0.01, 0.1, 0.2, 0.5, 1, 2, 5, 10, 100]),
+        },
         ["layer", "channels", "largest", "smallest", "effective share"],
         rows,
         "A flat line holds all channels alike; a steep one cares for few of them. The effective share is how "

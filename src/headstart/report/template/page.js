@@ -38,6 +38,7 @@
     line.x = []; line.y = [];
     let best = -Infinity;
     for (const [x, y] of at) if (y > best) { line.x.push(x); line.y.push(y); best = y; }
+    line.x.push(at[at.length - 1][0]); line.y.push(best);
   };
   const describe = (id) => {
     const spec = JSON.parse(coloured(specs.get(id)));
