@@ -21,9 +21,9 @@ from typing import Any
 
 from headstart.comparison.crew import Ended, Executor, Prepared, Task, again, attempt
 from headstart.data.loader import Task as Pieces
+from headstart.disk import whole
 from headstart.errors import ConfigError, OutputError, Unreachable
 from headstart.training.events import Reporter
-from headstart.training.folder import whole
 from headstart.training.job import Prepared as Whole
 
 ANSWERS_IN = 10.0  # seconds a cluster has to answer at its address

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from headstart.comparison.search import Watch, objective
+from headstart.disk import write_json
 from headstart.errors import HeadstartError
 from headstart.records import Recipe, Result, Run
 from headstart.training.events import Reporter
-from headstart.training.folder import write_json
 
 
 class Prepared(Protocol):
