@@ -1,5 +1,7 @@
 """The pictures the benchmarks train on: ten classes of Debian's openclipart, divided once for everybody.
 
+And, for comparisons that divide them by themselves, so many of each class, of fashion-mnist too.
+
 Whoever is compared reads the same `train`, `val` and `test` folders. They are divided by headstart's own
 split, so that no copy or near copy of a picture lies on two sides, and nobody has to leave one out.
 """
@@ -15,11 +17,12 @@ from pathlib import Path
 
 from headstart.data.catalogue import fetch
 from headstart.data.loader import load
-from headstart.data.picture import open_picture
+from headstart.data.picture import EXTENSIONS, open_picture
 from headstart.data.preprocess import Preprocess
 from headstart.records import Run
 from measurement import DATA
 
+_CATALOGUE = {"clipart": "clipart", "fashion": "fashion-mnist"}
 _MOST = 200  # pictures of a class that are fetched; more would only be looked at, and never used
 
 
@@ -74,13 +77,46 @@ def divided(
             if shrunk:
                 preprocess.reduce(open_picture(path)).save(folder / f"{kept[label]:03d}.png")
             else:
-                link(path, folder / f"{kept[label]:03d}{path.suffix.lower()}")
+                _link(path, folder / f"{kept[label]:03d}{path.suffix.lower()}")
     temporary.rename(out)
     return out
 
 
-def link(source: Path, target: Path) -> None:
-    """A second name for a file; a copy where it cannot have one."""
+def drawn(name: str, given: Path | None, *, per_class: int) -> Path:
+    """A folder of class folders with at most so many pictures each; made on first use, and always the same.
+
+    Args:
+        name: "clipart" or "fashion".
+        given: a folder that holds one of that name, or the clipart itself; either in class folders or divided
+            into train, val and test. None, or no fashion there: the set is fetched.
+        per_class: most pictures of a class.
+    """
+    out = DATA / f"drawn-{name}-{per_class}"
+    if out.exists():
+        return out
+    if given is not None and ((given / name).is_dir() or name == "clipart"):
+        source = given / name if (given / name).is_dir() else given
+    else:
+        source = fetch(_CATALOGUE[name], DATA / f"{name}-{per_class}", per_class=per_class)
+    sides = [side for side in (source / "train", source / "val", source / "test") if side.is_dir()]
+    classes: dict[str, list[Path]] = {}
+    for side in sides or [source]:
+        for path in sorted(side.glob("*/*")):
+            if path.suffix.lower() in EXTENSIONS:
+                classes.setdefault(path.parent.name, []).append(path)
+    if not classes:
+        raise SystemExit(f"{source} has no pictures in class folders.")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    draw = random.Random(0)
+    for label, paths in sorted(classes.items()):
+        (temporary / label).mkdir(parents=True)
+        for i, path in enumerate(draw.sample(paths, min(per_class, len(paths)))):
+            _link(path, temporary / label / f"{i:03d}{path.suffix.lower()}")
+    temporary.rename(out)
+    return out
+
+
+def _link(source: Path, target: Path) -> None:
     try:
         os.link(source.resolve(), target)
     except OSError:  # another file system

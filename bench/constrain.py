@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 import headstart
 import measurement
+from clipart import drawn
 from headstart.cli.compare import show
 from headstart.cli.progress import reporter
 from headstart.data.catalogue import fetch
@@ -56,9 +57,10 @@ def main() -> int:
     here = measurement.begin("constrain")
     size, batch, epochs, seeds = (64, 8, 1, 1) if options.quick else (128, 32, 4, options.seeds)
     pretrained = zoo.load(img_size=size)
-    folder = options.data
-    if folder is None:
+    if options.data is None:
         folder = fetch("clipart", DATA / "clipart-75", per_class=75)
+    else:
+        folder = drawn("clipart", options.data, per_class=75)
     start = time.perf_counter()
     done = headstart.compare(
         folder,

@@ -22,8 +22,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
-import os
-import random
 import shutil
 import time
 from collections import Counter
@@ -35,13 +33,11 @@ from typing import Any
 import torch
 
 import measurement
-from clipart import link
+from clipart import drawn
 from headstart.comparison import ledger
 from headstart.comparison.grid import Cell, plan
 from headstart.comparison.ledger import Entry
 from headstart.comparison.verdict import Row, Verdict, judge
-from headstart.data.catalogue import fetch
-from headstart.data.picture import EXTENSIONS
 from headstart.training import job
 from measurement import DATA, Check, median
 
@@ -59,7 +55,6 @@ METHODS = (
 REFERENCE = "full"  # of the source itself
 PER_CLASS = {"clipart": 120, "fashion": 150}  # drawn once; three splits of them
 SHARES = {"clipart": (0.49, 0.13, 0.38), "fashion": (1 / 3, 1 / 10, 17 / 30)}  # about 500 to learn from
-CATALOGUE = {"clipart": "clipart", "fashion": "fashion-mnist"}
 PROTOCOLS = ("epochs", "time")
 CLOCKED = 5  # epochs, the first of which is not counted
 BOUND = 1.5
@@ -90,10 +85,11 @@ def main() -> int:
     methods, out = METHODS, options.out
     size, batch, epochs, seeds = 96, 32, options.epochs, options.seeds
     if options.quick:
-        methods, out = ("scratch", "l2t-ww"), out.with_name(out.name + "-quick")
-        size, batch, epochs, seeds = 32, 8, 1, 1
-    drawn = {
-        name: _drawn(name, options.data, 8 if options.quick else PER_CLASS[name]) for name in options.sets
+        methods, out = ("scratch", EQUALLY, "l2t-ww"), out.with_name(out.name + "-quick")
+        size, batch, epochs, seeds = 32, 8, 1, 2
+    pictures = {
+        name: drawn(name, options.data, per_class=6 if options.quick else PER_CLASS[name])
+        for name in options.sets
     }
     if options.prepare:
         return 0
@@ -109,8 +105,10 @@ def main() -> int:
         fields = {**shared, "split": SHARES[name]}
         learner = {"model": LEARNS, "weights": "random", "source": SOURCE}
         grids[name] = {
-            "epochs": plan(str(drawn[name]), methods, seeds=seeds, baseline="scratch", **fields, **learner),
-            "reference": plan(str(drawn[name]), [REFERENCE], seeds=seeds, **fields),
+            "epochs": plan(
+                str(pictures[name]), methods, seeds=seeds, baseline="scratch", **fields, **learner
+            ),
+            "reference": plan(str(pictures[name]), [REFERENCE], seeds=seeds, **fields),
         }
         job.prepare(grids[name]["reference"].cells[0].run, say=print)  # decoded once, for all workers
 
@@ -135,7 +133,7 @@ def main() -> int:
         jobs[name, "time"] = [
             _job(base / "epochs", cell, each[cell.label])  # the very run
             if fits[cell.label] == epochs
-            else _job(base / "time", _of_length(cell, fits[cell.label]), each["l2t-ww"])
+            else _job(base / "time", _of_length(cell, fits[cell.label]), each[cell.label])
             for cell in grid["epochs"].cells
             if each
         ]
@@ -167,33 +165,6 @@ def main() -> int:
         quick=options.quick,
     )
     return 1 if broken else code
-
-
-def _drawn(name: str, given: Path | None, per_class: int) -> Path:
-    """So many pictures of each class at most, in class folders; drawn on first use."""
-    out = DATA / f"drawn-{name}-{per_class}"
-    if out.exists():
-        return out
-    if given is None or (name == "fashion" and not (given / name).is_dir()):
-        source = fetch(CATALOGUE[name], DATA / f"{name}-{PER_CLASS[name]}", per_class=PER_CLASS[name])
-    else:
-        source = given / name if (given / name).is_dir() else given
-    sides = [side for side in (source / "train", source / "val", source / "test") if side.is_dir()]
-    classes: dict[str, list[Path]] = {}
-    for side in sides or [source]:
-        for path in sorted(side.glob("*/*")):
-            if path.suffix.lower() in EXTENSIONS:
-                classes.setdefault(path.parent.name, []).append(path)
-    if not classes:
-        raise SystemExit(f"{source} has no pictures in class folders.")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    draw = random.Random(0)
-    for label, paths in sorted(classes.items()):
-        (temporary / label).mkdir(parents=True)
-        for i, path in enumerate(draw.sample(paths, min(per_class, len(paths)))):
-            link(path, temporary / label / f"{i:03d}{path.suffix.lower()}")
-    temporary.rename(out)
-    return out
 
 
 def _job(base: Path, cell: Cell, weight: float = 1.0) -> Job:
@@ -315,11 +286,12 @@ def _points(gap: Any) -> str:
 
 
 def _say_whether(name: str, kind: str, row: Row) -> str:
-    """One sentence, whatever came out."""
+    """One sentence, whatever came out; one seed says nothing."""
     if row.difference is None:
-        said = "not known: there are no runs of both"
+        said = "not known: no two seeds of both"
     else:
-        verb = {"better": "beats", "tie": "ties with", "worse": "is worse than"}[row.call or "tie"]
+        gap = row.difference
+        verb = "beats" if gap.lo > 0 else "is worse than" if gap.hi < 0 else "cannot be told apart from"
         said = f"l2t-ww {verb} matching everything equally, {_points(row.difference)}"
     print(f"    {name}, equal {kind}: {said}")
     return said
