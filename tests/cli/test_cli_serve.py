@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -22,7 +23,7 @@ import pytest
 from PIL import Image
 from typed import Typed, typing
 
-from headstart.cli import serve
+from headstart.cli import outcome, serve
 from headstart.data.preprocess import Preprocess
 from headstart.ship import bundle, listening
 from headstart.ship.export import export
@@ -111,6 +112,27 @@ def test_without_the_extra(typed: Typed, tmp_path: Path, monkeypatch: pytest.Mon
     assert (
         "needs uvicorn. Install the extra: pip install 'headstart[serve]'" in typed("serve", tmp_path).refusal
     )
+
+
+# ----------------------------------------------------------------------------------- once it has started
+
+
+def test_it_serves_until_it_is_told_to_stop(
+    typed: Typed, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process: SIGTERM comes as soon as it says that it has started."""
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        if "classes at" in text:
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    monkeypatch.setattr(outcome, "say", say)
+    before = signal.getsignal(signal.SIGTERM)
+    ended = typed("serve", made, "--port", 0, "--api-key", "sesame-street")
+    assert ended.code == 0 and signal.getsignal(signal.SIGTERM) is before
+    assert len(said) == 2 and ", with a key. Stop with Ctrl-C." in said[0] and said[1] == "stopped."
 
 
 # ---------------------------------------------------------------------------------------- as a process

@@ -202,3 +202,36 @@ def test_first_frame_of_an_animation(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert pixel(tmp_path / "a.gif") == (255, 0, 0)
+
+
+def test_only_the_formats_that_are_asked_for(tmp_path: Path) -> None:
+    for format in ("PNG", "JPEG", "TIFF"):
+        stream = io.BytesIO()
+        Image.new("RGB", (4, 4)).save(stream, format)
+        stream.seek(0)
+        assert open_with_notes(stream, formats=("PNG", "JPEG", "TIFF", "NOSUCH"))[0].size == (4, 4)
+        stream.seek(0)
+        with pytest.raises(Unreadable, match="not a picture"):
+            open_with_notes(stream, "x", formats=("GIF",))
+
+
+def test_a_header_that_claims_too_much_is_refused_before_it_is_decoded() -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (30, 20)).save(stream, "PNG")
+    assert open_with_notes(io.BytesIO(stream.getvalue()), most_pixels=600)[0].size == (30, 20)
+    cut = stream.getvalue()[:60]  # decoding it would say something else
+    with pytest.raises(Unreadable, match=r"30 x 20 pixels, and at most 0\.000599 million"):
+        open_with_notes(io.BytesIO(cut), "x", most_pixels=599)
+
+
+def test_a_file_that_takes_too_long() -> None:
+    class Slow(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            if self.tell() > 30:
+                raise TimeoutError("took longer than 3 s to decode")
+            return super().read(size)
+
+    stream = io.BytesIO()
+    Image.new("RGB", (300, 200)).save(stream, "PNG")
+    with pytest.raises(Unreadable, match="took longer than 3 s"):
+        open_with_notes(Slow(stream.getvalue()), "x")
