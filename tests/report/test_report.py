@@ -195,6 +195,13 @@ def test_a_learning_curve_an_audit_and_tuning_are_shown_where_they_are(tmp_path:
         "notes": ["One class is small."],
     }
     (out / "audit.json").write_text(json.dumps(audit))
+    trials = [
+        {"number": 0, "state": "finished", "values": {}, "val_accuracy": 0.7},
+        {"number": 1, "state": "failed", "values": {"lr": 0.5}, "val_accuracy": None},
+        {"number": 2, "state": "finished", "values": {"lr": 0.01}, "val_accuracy": 0.75},
+    ]
+    study = {"method": "full", "split": 0, "seconds": 12.0, "chosen": 2, "trials": trials}
+    (out / "search.json").write_text(json.dumps({"studies": [study, study | {"method": "gone"}]}))
     asked = json.loads((out / "compare.json").read_text())
     asked |= {"tuning": {"trials": 4}, "spent": {"full": {"trials": 4, "seconds": 200.0}}}
     (out / "compare.json").write_text(json.dumps(asked))
@@ -209,6 +216,10 @@ def test_a_learning_curve_an_audit_and_tuning_are_shown_where_they_are(tmp_path:
     ):
         assert words in text
     assert "equal budget of 4 trials per method" in text
+    figure = figures.search(read(out))
+    assert figure is not None
+    assert figure.traces[0]["y"] == [70, 70, 75]
+    assert figure.rows == [["full", 0, 3, 12.0, "lr 0.01", "75.0\N{NO-BREAK SPACE}%"]]
 
 
 def test_label_budgets_are_curves_and_their_runs_are_not_mixed_with_those_of_the_verdict(

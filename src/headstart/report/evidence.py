@@ -101,6 +101,7 @@ class Evidence:
     runs: list[Seen]
     curve: dict[str, Any] = field(default_factory=dict)
     audit: dict[str, Any] = field(default_factory=dict)
+    search: dict[str, Any] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)  # files that are cut off or gone
     trials: int = 0
 
@@ -147,6 +148,7 @@ def read(folder: Path) -> Evidence:
         runs=runs,
         curve=_json(folder / "curve.json", unreadable) or _by_size(folder / "sizes.json", unreadable),
         audit=_json(folder / "audit.json", unreadable),
+        search=_json(folder / "search.json", unreadable),
         unreadable=unreadable,
         trials=trials,
     )

@@ -328,6 +328,68 @@ def learning_curve(evidence: Evidence) -> Figure | None:
     )
 
 
+def search(evidence: Evidence) -> Figure | None:
+    """What tuning brought: the best validation accuracy so far, trial by trial."""
+    studies = [each for each in evidence.search.get("studies") or [] if each.get("trials")]
+    places = {label: i for i, label in enumerate(evidence.labels)}
+    traces, rows = [], []
+    for label, at in places.items():
+        mine = [study for study in studies if study.get("method") == label]
+        best = [_best_so_far(study["trials"]) for study in mine]
+        length = min(map(len, best), default=0)
+        if not length:
+            continue
+        mean = [100 * float(np.mean([each[i] for each in best])) for i in range(length)]
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "x": list(range(1, length + 1)),
+                "y": numbers(mean),
+                "name": plain(short(label)),
+                "line": {"color": colour(at), "width": 2, "shape": "hv"},
+                "marker": {"color": colour(at), "symbol": marker(at), "size": 7},
+                "hovertemplate": f"{plain(label)}, %{{x}} trials: %{{y:.1f}} %<extra></extra>",
+            }
+        )
+        rows += [_searched(label, study) for study in mine]
+    if not traces:
+        return None
+    return Figure(
+        "search",
+        "What tuning brought",
+        "Best validation accuracy so far by trial, mean over the splits: every method had the same budget.",
+        traces,
+        {"xaxis": axis("trials", dtick=_step(traces)), "yaxis": axis("best validation accuracy so far, %")},
+        ["method", "split", "trials", "seconds", "chosen", "its validation accuracy"],
+        rows,
+        "The best of several trials looks better than it is, so a rise is not all gain; the test pictures "
+        "say what is left of it.",
+    )
+
+
+def _best_so_far(trials: list[dict[str, Any]]) -> list[float]:
+    """A trial that came to nothing leaves the best where it was."""
+    best, found = 0.0, []
+    for trial in sorted(trials, key=lambda each: each["number"]):
+        best = max(best, float(trial.get("val_accuracy") or 0.0))
+        found.append(best)
+    return found
+
+
+def _searched(label: str, study: dict[str, Any]) -> list[Any]:
+    chosen: dict[str, Any] = next(
+        (each for each in study["trials"] if each.get("number") == study.get("chosen")), {}
+    )
+    values = chosen.get("values") or {}
+    shown = ", ".join(
+        f"{k} {number(v, 3):g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()
+    )
+    accuracy = percent(chosen.get("val_accuracy"))
+    seconds = number(study.get("seconds"), 3)
+    return [label, study.get("split"), len(study["trials"]), seconds, shown or "as it comes", accuracy]
+
+
 def training(evidence: Evidence) -> Figure | None:
     """Validation accuracy by epoch, mean over the seeds."""
     traces, rows = [], []

@@ -170,7 +170,7 @@ def _page(evidence: Evidence) -> Page:
         differences=_some(figures.differences(evidence), figures.runs(evidence)),
         cost=_some(figures.cost(evidence)),
         curve=_some(figures.learning_curve(evidence)),
-        training=_some(figures.training(evidence)),
+        training=_some(figures.search(evidence), figures.training(evidence)),
         losses=figures.losses(evidence),
         errors=[]
         if taken is None
