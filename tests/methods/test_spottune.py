@@ -20,8 +20,11 @@ from headstart.method import Method
 from headstart.methods.baseline.full import Full
 from headstart.methods.route import spottune
 from headstart.methods.route.spottune import SpotTune
+from headstart.records import Recipe
 from headstart.testing import Case, check_method
 from headstart.training.average import Average
+from headstart.training.loop import fit
+from headstart.training.machine import Machine
 
 
 class Block(nn.Module):
@@ -574,6 +577,35 @@ def test_what_there_is_to_see_of_the_routes() -> None:
     assert [each["tuned"] for each in shown["pictures"]["most"]] == sorted(sums)[::-1][:5]
     assert [each["tuned"] for each in shown["pictures"]["fewest"]] == sorted(sums)[:5]
     assert all(sums[each["picture"]] == each["tuned"] for each in shown["pictures"]["most"])
+
+
+class Epochs(list[Any]):
+    epoch = 0
+
+
+def test_the_routes_are_those_of_the_epoch_that_is_kept() -> None:
+    """The best weights are put back before anybody looks at the routes."""
+    method = build(small_net(), policy_lr=10.0)
+    data = Epochs(batches(3, dtype=torch.float32))
+    recipe = Recipe(optimizer="sgd", lr=0.2, weight_decay=0.0, label_smoothing=0.0)
+    machine = Machine("cpu")
+    fitted = fit(
+        method,
+        train=data,
+        val=batches(1, seed=5, dtype=torch.float32),
+        plain=data,
+        recipe=recipe,
+        epochs=4,
+        machine=machine,
+        keep="best",
+    )
+    losses = [record["val_log_loss"] for record in fitted.history]
+    assert fitted.kept == f"best, epoch {losses.index(min(losses)) + 1}"
+    assert min(losses) < losses[-1], "the last one must not be the best"
+    with torch.no_grad():
+        routes = torch.cat([method.choices(x) for x, _ in data])
+    assert torch.equal(method.memory["routes"], routes.to(torch.uint8))
+    assert "static" in method.export().meta["routed"]
 
 
 def test_running_shares() -> None:

@@ -142,6 +142,11 @@ def test_a_forward_that_cannot_be_followed() -> None:
         find_blocks(_Untraceable(), torch.zeros(1, 3, 8, 8))
 
 
+def test_pictures_that_the_network_cannot_see() -> None:
+    with pytest.raises(MethodError, match="Sequential cannot see pictures of 4 channels and 8 × 8 pixels"):
+        find_blocks(chain(_Block(), _Block()), torch.zeros(1, 4, 8, 8))
+
+
 def test_others_run_in_their_place_and_leave_no_trace() -> None:
     net, x = chain(_Block(), _Block()), torch.randn(2, 3, 8, 8)
     twice: list[Any] = []

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from headstart.errors import MethodError
-from headstart.parts.forward import Cut, Forward
+from headstart.parts.forward import Cut, Forward, cannot_see
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,15 @@ def find_blocks(net: nn.Module, example: Tensor) -> Blocks:
         example: pictures [B, C, H, W] of the size that it will be used on.
 
     Raises:
-        MethodError: its forward cannot be followed, or there are fewer than two blocks.
+        MethodError: it cannot see the example, its forward cannot be followed, or there are fewer than two
+            blocks.
     """
     x = _like(example, net)
     with _untouched(net, x):
+        try:
+            net.eval()(x)
+        except Exception as error:
+            raise cannot_see(net, x, error) from error
         names = _blocks(net, x)
         if len(names) < 2:
             found = f"only one block, '{names[0]}'" if names else "no residual blocks"

@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from headstart.errors import MethodError
+from headstart.parts.forward import cannot_see
 
 KINDS = {
     "conv": "convolutions with a kernel larger than 1×1",
@@ -199,9 +199,7 @@ def _watched(net: nn.Module, x: Tensor) -> tuple[dict[str, list[_Call]], _Watch]
         with watch:
             net.eval()(x)
     except Exception as error:
-        given = f"{x.shape[1]} channels and {x.shape[2]} × {x.shape[3]} pixels"
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise MethodError(f"{type(net).__name__} cannot see pictures of {given}: {lines[0]}") from error
+        raise cannot_see(net, x, error) from error
     finally:
         for hook in hooks:
             hook.remove()

@@ -14,6 +14,13 @@ from torch import Tensor, fx, nn
 from headstart.errors import MethodError
 
 
+def cannot_see(net: nn.Module, x: Tensor, error: Exception) -> MethodError:
+    """What to say of a network that failed on pictures [B, C, H, W]."""
+    given = f"{x.shape[1]} channels and {x.shape[2]} × {x.shape[3]} pixels"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return MethodError(f"{type(net).__name__} cannot see pictures of {given}: {lines[0]}")
+
+
 @dataclass(frozen=True)
 class _Earlier:
     """Stands among a step's arguments for the result of an earlier one."""
