@@ -29,18 +29,8 @@ ALLOWED: dict[str, set[str]] = {
         *("errors", "disk", "records", "parts", "method", "registry", "data", "nets", "ship", "calibration"),
     },
     "comparison": {
-        *(
-            "errors",
-            "disk",
-            "records",
-            "parts",
-            "registry",
-            "training",
-            "data",
-            "ship",
-            "judgement",
-            "report",
-        ),
+        *("errors", "disk", "records", "parts", "registry", "data", "training", "ship"),
+        *("judgement", "report"),
     },
     "report": {"errors", "records", "judgement", "calibration"},  # from files alone: no torch
     "ship": {"errors", "records", "parts", "data", "nets"},

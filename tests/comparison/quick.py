@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from headstart.disk import write_json
 from headstart.records import Parameters, Recipe, Result, Run, Score
 from headstart.training.events import Reporter
-from headstart.training.folder import claim, write_json, write_npz
+from headstart.training.folder import claimed, write_npz
 
 N = 40  # pictures in val, and in test
 
@@ -46,10 +47,11 @@ class Quick:
     def execute(
         self, prepared: Any, folder: Path, *, resume: bool, overwrite: bool, reporter: Reporter
     ) -> Result:
+        with claimed(folder, prepared.name, {}, resume=resume, overwrite=overwrite) as found:
+            return found or self._train(prepared, folder, reporter)
+
+    def _train(self, prepared: Any, folder: Path, reporter: Reporter) -> Result:
         run: Run = prepared.run
-        found = claim(folder, prepared.name, {}, resume=resume, overwrite=overwrite)
-        if found is not None:
-            return found
         last = folder / "last.pt"
         records: list[dict[str, Any]] = json.loads(last.read_text()) if last.exists() else []
         for epoch in range(len(records) + 1, run.epochs + 1):

@@ -15,6 +15,7 @@ from PIL import Image
 from headstart.comparison import ledger
 from headstart.comparison.ledger import Entry
 from headstart.comparison.verdict import judge
+from headstart.disk import write_text
 from headstart.records import Fingerprints, Parameters, PhaseTime, Recipe, Result, Run, Score
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\">"
@@ -55,7 +56,7 @@ def folder(
             entries.append(entry)
     ledger.write_table(out / "results.csv", entries)
     verdict = judge(entries, labels=list(methods), baseline="full" if "full" in methods else methods[0])
-    ledger.write(out / "verdict.json", verdict.model_dump_json(indent=2))
+    write_text(out / "verdict.json", verdict.model_dump_json(indent=2))
     asked = {
         "format": 1,
         "methods": list(methods),
@@ -63,7 +64,7 @@ def folder(
         "runs": [{"method": each.label, "run": each.run.model_dump(mode="json")} for each in entries],
         "test": [{"split": s, "hash": "ab" * 32, "n": n, "looks": len(methods)} for s in range(seeds)],
     }
-    ledger.write(out / "compare.json", json.dumps(asked))
+    write_text(out / "compare.json", json.dumps(asked))
     return out
 
 

@@ -17,6 +17,7 @@ from headstart.comparison.grid import Grid
 from headstart.comparison.ledger import Entry
 from headstart.comparison.search import OBJECTIVE, Study
 from headstart.comparison.verdict import Verdict, judge
+from headstart.disk import write_text
 from headstart.errors import OutputError
 from headstart.training.events import Standing
 
@@ -155,7 +156,7 @@ class Books:
                 mine["trials"] += len(study.over)
                 mine["seconds"] = round(mine["seconds"] + study.seconds, 2)
             asked["spent"] = spent
-        ledger.write(self.folder / MARKER, _json(asked))
+        write_text(self.folder / MARKER, _json(asked))
         try:
             (self.folder / RUNS).mkdir(exist_ok=True)
         except OSError as error:
@@ -189,7 +190,7 @@ class Books:
     def write_audit(self, found: dict[str, Any]) -> None:
         """audit.json: what there is to know about the pictures."""
         if found:
-            ledger.write(self.folder / "audit.json", _json(found))
+            write_text(self.folder / "audit.json", _json(found))
 
     def write_table(self) -> None:
         """results.csv: all runs, trials and points of the curve, as they stand."""
@@ -213,7 +214,7 @@ class Books:
     def write_verdict(self) -> Verdict:
         """verdict.json, about the runs that are there."""
         found = self.judge(self.counted())
-        ledger.write(self.folder / "verdict.json", _json(found.model_dump(mode="json")))
+        write_text(self.folder / "verdict.json", _json(found.model_dump(mode="json")))
         return found
 
     def write_all(self) -> Verdict:
@@ -244,10 +245,10 @@ class Books:
                     key=lambda plain: (plain["train_size"] or 0, plain["split"], plain["method"]),
                 ),
             }
-            ledger.write(self.folder / "search.json", _json(searched))
+            write_text(self.folder / "search.json", _json(searched))
         curve = self.curves(None if found.take is None else found.take.method)
         if curve is not None:
-            ledger.write(self.folder / "curve.json", _json(curve))
+            write_text(self.folder / "curve.json", _json(curve))
         if len(self.grid.train_sizes) > 1:
             sizes = [
                 {
@@ -258,7 +259,7 @@ class Books:
                 }
                 for size in self.grid.train_sizes
             ]
-            ledger.write(self.folder / "sizes.json", _json(sizes))
+            write_text(self.folder / "sizes.json", _json(sizes))
 
 
 def _json(value: Any) -> str:

@@ -7,11 +7,10 @@ import csv
 import hashlib
 import io
 import json
-import os
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from headstart.comparison.statistics import Answers
+from headstart.disk import write_text
 from headstart.errors import OutputError
 from headstart.records import Result, Run, Score
 
@@ -168,27 +168,7 @@ def write_table(path: Path, entries: Sequence[Entry]) -> None:
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(flat(entry) for entry in entries)
-    write(path, text.getvalue())
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        OutputError: it cannot be written; what was there before is still there.
-    """
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with fresh.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path} could not be written: {error.strerror or error}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            fresh.unlink(missing_ok=True)
+    write_text(path, text.getvalue())
 
 
 def gone(lock: Path, patience: float = 30.0) -> None:
@@ -248,29 +228,3 @@ class Looks:
 def hash_of(answers: Answers) -> str:
     """SHA-256 over the contents of the pictures of a split."""
     return hashlib.sha256("\n".join(map(str, answers.hashes)).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Keep other comparisons out of a folder; the lock goes with the process, however it ends.
-
-    Raises:
-        OutputError: another comparison is at work there.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such lock; two comparisons in one folder are the user's to avoid
-        yield
-        return
-    try:
-        handle = (folder / ".lock").open("w")
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be written to: {error.strerror or error}.") from error
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(
-                f"Another comparison is at work in {folder}. Wait for it, or give another --out."
-            ) from None
-        yield

@@ -18,6 +18,7 @@ from headstart.comparison.processes import Processes, visible
 from headstart.comparison.search import budget as seconds_of
 from headstart.comparison.verdict import Failure, Verdict
 from headstart.comparison.walk import Walk
+from headstart.disk import alone
 from headstart.errors import ConfigError, OutputError
 from headstart.records import Result
 from headstart.training.events import Reporter
@@ -181,7 +182,7 @@ def compare(
     folder = Path(out)
     _claim(folder)
     reporter, executor = tracked(reporter or Reporter(), track, folder), executor or Here()
-    with ledger.alone(folder):
+    with alone(folder, "comparison"):
         crew = where(executor, reporter, folder)
         books = Books(grid, folder, options, jobs=crew.size)
         books.write_asked()
