@@ -36,6 +36,7 @@ NAMES = (
     "serve",
     "judge",
     "report",
+    "export",
     "demo",
 )
 

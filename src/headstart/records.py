@@ -227,6 +227,19 @@ class Parameters(Record):
     shipped: int
 
 
+class Refit(Record):
+    """The last step of a run, where it was asked for: trained once more, on train and val together."""
+
+    epochs: int = Field(description="the length that was learnt on train and val apart")
+    pictures: int = Field(description="that it learnt from")
+    test: Score | None = Field(None, description="of the weights that are shipped")
+    seconds: float = 0.0
+
+    def said(self) -> str:
+        """Which weights these are, for people."""
+        return f"refitted on train and val ({self.pictures} pictures) for {self.epochs} epochs"
+
+
 class Result(Record):
     """What came out of one run; `result.json` holds it."""
 
@@ -262,6 +275,9 @@ class Result(Record):
     )
     n_train: int | None = Field(None, description="pictures that were trained on")
     device: str | None = Field(None, description="what it was trained on: 'NVIDIA H100', 'cpu, 2 threads'")
+    refit: Refit | None = Field(
+        None, description="what is shipped in place of the weights that were scored; None: these are shipped"
+    )
     diagnostics: dict[str, Any] = Field(default_factory=dict, description="plain data the method left")
     versions: dict[str, str] = Field(default_factory=dict)
 

@@ -24,7 +24,10 @@ METHODS = "probe,full,lp-ft,l2-sp"
 SEEDS = 3
 
 # What a comparison takes beside the fields of a run; `compare` takes all of it under the same names.
-_ASKED = ("splits", "train_sizes", "trials", "budget", "learning_curve", "jobs", "on", "address", "track")
+_ASKED = (
+    *("splits", "train_sizes", "trials", "budget", "learning_curve", "refit"),
+    *("jobs", "on", "address", "track"),
+)
 _EXTRA = ("methods", "seeds", "baseline", *_ASKED)
 _PER_RUN = {
     "method": "--methods",
@@ -103,6 +106,14 @@ def run(
             rich_help_panel="Method",
         ),
     ] = False,
+    refit: Annotated[
+        bool,
+        typer.Option(
+            "--refit",
+            help="At the end train the one to take on train and val, for the length learnt, and ship that.",
+            rich_help_panel="Method",
+        ),
+    ] = False,
     jobs: Annotated[
         int | None,
         typer.Option(
@@ -148,6 +159,7 @@ def run(
         "trials": trials,
         "budget": budget,
         "learning_curve": learning_curve or None,
+        "refit": refit or None,
         "jobs": jobs,
         "on": on,
         "address": address,

@@ -26,6 +26,10 @@ def run(
     resume: Annotated[bool, typer.Option(help="Go on with the same run, interrupted in --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another run in --out.")] = False,
     track: Track = None,
+    refit: Annotated[
+        bool,
+        typer.Option("--refit", help="Then train on train and val, for the length learnt, and ship that."),
+    ] = False,
     json: Json = False,
     sets: list[str] | None = None,
     config: Path | None = None,
@@ -51,6 +55,7 @@ def run(
 
     from headstart.cli.progress import reporter
     from headstart.training.job import execute, prepare
+    from headstart.training.refit import refit as once_more
     from headstart.training.trackers import tracked
 
     telling = reporter()
@@ -61,6 +66,8 @@ def run(
     telling.run(prepared.name, 1, 1)
     try:
         result = execute(prepared, out, resume=resume, overwrite=overwrite, reporter=telling)
+        if refit:
+            result = once_more(prepared, out, reporter=telling)
     finally:
         telling.end()
     if outcome.is_main():
@@ -92,6 +99,9 @@ def _show(result: Result, out: Path) -> None:
                 f"  {name}  accuracy {score.accuracy:.3f}  balanced {score.balanced_accuracy:.3f}  "
                 f"macro F1 {score.macro_f1:.3f}  log-loss {score.log_loss:.3f}  (n={score.n})"
             )
+    if result.refit is not None and result.refit.test is not None:
+        score = result.refit.test
+        print(f"  {result.refit.said()}: test accuracy {score.accuracy:.3f}, log-loss {score.log_loss:.3f}")
     facts = [f"{result.seconds:.0f} s"]
     if result.peak_memory_mb is not None:
         facts.append(f"peak memory {result.peak_memory_mb:.0f} MB")

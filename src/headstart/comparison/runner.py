@@ -105,6 +105,7 @@ def compare(
     trials: int | None = None,
     budget: str | float | None = None,
     learning_curve: bool = False,
+    refit: bool = False,
     jobs: int | None = None,
     on: str | None = None,
     address: str | None = None,
@@ -142,6 +143,8 @@ def compare(
             `headstart.comparison.search`.
         budget: how long each method's trials may take, all together: seconds, or a text such as "2h".
         learning_curve: afterwards, train the one to take on 25, 50 and 75 % of the labels.
+        refit: at the end train the one to take once more, on train and val, for the length learnt; that is
+            what it then ships. The verdict is about the runs before.
         jobs: processes on this machine, each doing a run at a time. None: one per GPU; else this one alone.
         on: "ray": do the runs on a Ray cluster.
         address: of the cluster; None: the one this machine belongs to, or a new one on this machine.
@@ -187,7 +190,10 @@ def compare(
         books = Books(grid, folder, options, jobs=crew.size)
         books.write_asked()
         Walk(books, reporter, executor, crew).go()
-        return _outcome(books)
+        done = _outcome(books)
+        if refit and done.judgement.take is not None:
+            _refit(folder / RUNS / done.judgement.take.run, reporter)
+        return done
 
 
 def _where(
@@ -218,6 +224,20 @@ def _where(
         return Processes(executor, reporter, jobs=jobs, device=device, lock=lock)
 
     return processes
+
+
+def _refit(folder: Path, reporter: Reporter) -> None:
+    """Train the run that is taken once more, on train and val."""
+    from headstart.training.job import prepare
+    from headstart.training.refit import refit
+
+    prepared = prepare(Result.read(folder / "result.json").run, say=reporter.say)
+    reporter.begin(1)
+    reporter.run(prepared.name, 1, 1)
+    try:
+        refit(prepared, folder, reporter=reporter)
+    finally:
+        reporter.end()
 
 
 def _outcome(books: Books) -> Comparison:

@@ -155,6 +155,16 @@ def split(
     return result
 
 
+def joined(whole: Split) -> Split:
+    """A split whose val pictures are training pictures; test stays as it is.
+
+    Args:
+        whole: the split.
+    """
+    sides = ["train" if side == "val" else side for side in whole.sides]
+    return Split(whole.table, whole.hashes, sides, whole.notes)
+
+
 def fewer(whole: Split, size: int) -> Split:
     """A split with so many of its training pictures; val and test stay as they are.
 

@@ -24,6 +24,7 @@ _NAMES = {
     "balanced_accuracy": "balanced accuracy",
     "macro_f1": "macro F1",
     "log_loss": "log-loss",
+    "calibration_error": "calibration error, uncalibrated",
 }
 _FEW = 20  # training pictures of a class
 
@@ -132,6 +133,11 @@ def _scores(card: Mapping[str, Any], intervals: Mapping[str, Mapping[str, Sequen
             known["accuracy"] = wilson(round(accuracy * n), n)
         yield f"| {split} | {' | '.join(_number(score.get(key), known.get(key)) for key in columns)} |"
     yield from ("", "In brackets 95 % intervals: what another draw of as many pictures could have shown.")
+    if card.get("refit"):
+        yield (
+            "The scores on val are of the same training on train alone; those on test are of the weights in "
+            "this folder, which have learnt from val too."
+        )
     if "val" in scores:
         yield "The method and its settings may have been chosen on val; nothing was chosen on test."
 

@@ -42,13 +42,15 @@ def of_model(model: Path) -> Finished | None:
                 for split in ("val", "test")
                 if f"{split}_labels" in arrays and len(arrays[f"{split}_labels"])
             }
+            if result.refit is not None and "refit_test_labels" in arrays:
+                scored["test"] = (arrays["refit_test_probabilities"], arrays["refit_test_labels"])
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"The run in '{folder}' cannot be read: {first_line(error)}") from error
     return Finished(folder, result, scored)
 
 
 def held_out(finished: Finished, data: Path | None = None) -> list[Path]:
-    """The pictures that a run did not learn from: of test, then of val.
+    """The pictures that what a run ships did not learn from: of test, then of val.
 
     Args:
         finished: the run.
@@ -67,7 +69,8 @@ def held_out(finished: Finished, data: Path | None = None) -> list[Path]:
         group_col=run.group_col,
     )
     divided = Split.read(finished.folder / "split.csv", table)
-    return [table.paths[i] for side in ("test", "val") for i in divided.index(side)]
+    sides = ("test", "val") if finished.result.refit is None else ("test",)  # a refit has learnt from val
+    return [table.paths[i] for side in sides for i in divided.index(side)]
 
 
 def pictures_of(folder: Path) -> list[Path]:

@@ -87,6 +87,7 @@ def _take(folder: Path, key: str, asked: Mapping[str, Any], *, resume: bool, ove
                 (folder / name).unlink(missing_ok=True)
             # Left there, it would be taken for the new run's as long as that has no result.
             shutil.rmtree(folder / "model", ignore_errors=True)
+            shutil.rmtree(folder / "refit", ignore_errors=True)
     if not note.exists():
         write_json(note, {"key": key, "run": asked})
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import platform
-import shlex
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -22,7 +21,7 @@ from torch import nn
 from headstart import registry
 from headstart.data.audit import audit
 from headstart.data.cache import cache_dir
-from headstart.data.loader import Task, load
+from headstart.data.loader import Task, Train, load
 from headstart.disk import read_json, write_json
 from headstart.errors import ConfigError, HeadstartError, MethodError, OutputError, TrainingError
 from headstart.method import Method
@@ -34,9 +33,9 @@ from headstart.parts.statistics import has_batchnorm
 from headstart.parts.viewed import Viewed
 from headstart.records import Fingerprints, Parameters, Recipe, Result, Run
 from headstart.ship import bundle
-from headstart.ship.calibration import Calibration, calibrate
 from headstart.ship.predict import Prediction, Predictor
 from headstart.ship.predict import load as load_model
+from headstart.training import shipped
 from headstart.training.events import Reporter
 from headstart.training.folder import claimed, write_npz
 from headstart.training.loop import fit
@@ -45,7 +44,7 @@ from headstart.training.score import predictions, score
 from headstart.training.trackers import tracked
 
 # Pictures per batch where nothing is learnt: what a CPU's caches hold; a GPU wants more at once.
-_SCORED_AT_ONCE = {"cpu": 16, "cuda": 128, "mps": 64}
+SCORED_AT_ONCE = {"cpu": 16, "cuda": 128, "mps": 64}
 
 # What decides which pictures are in which split, and which network it is: runs that agree share them.
 _DATA = (
@@ -272,23 +271,11 @@ def _execute(prepared: Prepared, folder: Path, machine: Machine, reporter: Repor
     started = time.perf_counter()
     machine.start_memory()
     method = build(prepared)
-    batches = task.train(
-        prepared.batch_size,
-        seed=run.seed,
-        augment=run.augment,
-        mixup=run.mixup,
-        cutmix=run.cutmix,
-        rank=machine.rank,
-        world=machine.world,
-        workers=run.workers,
-        device=machine.device,
-    )
-    _choose_layout(method, batches, folder, machine, run.channels_last)
-    if run.compile:
-        method.net.compile()
+    batches = training_batches(prepared, machine)
+    place(method, batches, prepared, folder, machine)
     scored = ("val",) if run.trial else ("val", "test")
     plain = {
-        split: task.plain(split, _SCORED_AT_ONCE[machine.device.type], device=machine.device)
+        split: task.plain(split, SCORED_AT_ONCE[machine.device.type], device=machine.device)
         for split in ("train", *scored)
     }
     fitted = fit(
@@ -348,8 +335,8 @@ def _execute(prepared: Prepared, folder: Path, machine: Machine, reporter: Repor
                 config=prepared.pretrained.config,
                 preprocess=prepared.pretrained.preprocess,
                 classes=task.classes,
-                card=_card(result, prepared),
-                calibration=_calibration(arrays),
+                card=shipped.card(result, prepared),
+                calibration=shipped.calibration(arrays),
             )
         # A resumed run is no cheaper than one that was left in peace: a verdict weighs these.
         seconds = time.perf_counter() - started + fitted.before
@@ -387,6 +374,7 @@ def train(
     out: str | Path,
     resume: bool = True,
     overwrite: bool = False,
+    refit: bool = False,
     reporter: Reporter | None = None,
     track: str | list[str] | None = None,
     **fields: Any,
@@ -398,6 +386,7 @@ def train(
         out: folder for the run.
         resume: go on with the same run where it was interrupted.
         overwrite: replace another run that lies in `out`.
+        refit: then train once more, on train and val, for the length learnt, and ship that.
         reporter: told what happens; None is quiet.
         track: trackers that are told: "tensorboard", "mlflow", "wandb", "trackio"; None: none of them.
         fields: fields of `headstart.Run`, such as `method="l2-sp"`, `epochs=20`, `hyper={"alpha": 0.1}`.
@@ -414,6 +403,10 @@ def train(
     reporter.run(prepared.name, 1, 1)
     try:
         result = execute(prepared, Path(out), resume=resume, overwrite=overwrite, reporter=reporter)
+        if refit:
+            from headstart.training.refit import refit as once_more
+
+            result = once_more(prepared, Path(out), reporter=reporter)
     finally:
         reporter.end()
     return Trained(Path(out), result)
@@ -453,10 +446,30 @@ def _leave_failed(folder: Path, prepared: Prepared, error: HeadstartError, machi
         _leave(folder, failed(prepared, str(error)), machine)
 
 
-def _choose_layout(method: Method, batches: Any, folder: Path, machine: Machine, asked: bool | None) -> None:
-    """Measure the faster memory layout once per run: a resumed run must compute as it did before."""
+def training_batches(prepared: Prepared, machine: Machine) -> Train:
+    """The augmented batches of a run, as this process sees them."""
+    run = prepared.run
+    return prepared.task.train(
+        prepared.batch_size,
+        seed=run.seed,
+        augment=run.augment,
+        mixup=run.mixup,
+        cutmix=run.cutmix,
+        rank=machine.rank,
+        world=machine.world,
+        workers=run.workers,
+        device=machine.device,
+    )
+
+
+def place(method: Method, batches: Train, prepared: Prepared, folder: Path, machine: Machine) -> None:
+    """Lay the network out in memory as is faster here, and compile it where that was asked for.
+
+    The layout is measured once per run: a resumed run must compute as it did before.
+    """
     note = folder / "run.json"
     known = read_json(note)
+    asked = prepared.run.channels_last
     if asked is None:
         asked = known.get("channels_last")
     if machine.main:
@@ -465,76 +478,11 @@ def _choose_layout(method: Method, batches: Any, folder: Path, machine: Machine,
     machine.channels_last = machine.from_main(machine.channels_last)
     if machine.main:
         write_json(note, known | {"channels_last": machine.channels_last})
+    if prepared.run.compile:
+        method.net.compile()
 
 
 def _learning(method: Method, epochs: int) -> int:
     """How many numbers learn in some phase of the plan."""
     every = {id(p): p.numel() for phase in method.plan(epochs) for g in phase.groups for p in g.params}
     return sum(every.values())
-
-
-def _command(run: Run) -> str:
-    """The command line that asks for this run, without where things lie on this machine."""
-    hidden = {*Run.MACHINE, "data", "hyper"}
-    words = ["headstart", "train", _shown(Path(run.data).name)]
-    for name, field in Run.model_fields.items():
-        value = getattr(run, name)
-        if name in hidden or (value == field.default and name != "method"):
-            continue
-        if name in ("weights", "source_weights", "model", "source", "class_weights"):
-            value = _without_place(value)
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
-            words.append(flag if value else f"--no-{flag[2:]}")
-        else:
-            words += [flag, *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-    words += [word for name, value in run.hyper.items() for word in ("--set", f"{name}={value}")]
-    return shlex.join(words)
-
-
-def _without_place(name: str) -> str:
-    """A model by its name, a file or folder by its last one: where it lies is nobody's business."""
-    return _shown(Path(name).name) if Path(name).expanduser().exists() else name
-
-
-def _shown(name: str) -> str:
-    """A file's name where only text can stand: what is no UTF-8 has backslashes."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _calibration(arrays: dict[str, np.ndarray]) -> Calibration | None:
-    """Fitted on val, looked at on test; None where there is no val."""
-    scored = {
-        split: (arrays[f"{split}_probabilities"], arrays[f"{split}_labels"])
-        for split in ("val", "test")
-        if f"{split}_labels" in arrays
-    }
-    return calibrate(*scored["val"], test=scored.get("test")) if "val" in scored else None
-
-
-def _card(result: Result, prepared: Prepared) -> dict[str, Any]:
-    run, counts = result.run, prepared.task.counts
-    return {
-        "method": result.method,
-        "paper": prepared.cls.paper,
-        "model": _without_place(result.model),
-        "hub_id": prepared.pretrained.config.pretrained_cfg.get("hf_hub_id"),
-        "learnt_from": None if prepared.source is None else _without_place(prepared.source.name),
-        "origin": _without_place(prepared.pretrained.origin),
-        "licence": prepared.pretrained.licence,
-        "data": _shown(Path(run.data).name),
-        "counts": {side: sum(each.values()) for side, each in counts.items()},
-        "per_class": counts.get("train", {}),
-        "split": f"by the column {run.split_col}"
-        if run.split_col
-        else "{:.0%} train, {:.0%} val, {:.0%} test, drawn by class".format(*run.split),
-        "command": _command(run),
-        "split_seed": result.split_seed,
-        "seed": result.seed,
-        "epochs": result.epochs,
-        "kept": result.kept,
-        "val": None if result.val is None else result.val.model_dump(),
-        "test": None if result.test is None else result.test.model_dump(),
-        "fingerprints": prepared.fingerprints.model_dump(),
-        "versions": result.versions,
-    }
