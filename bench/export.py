@@ -1,6 +1,6 @@
 """Claims: an exported bundle is ready within a second, and `predict` costs a network a tenth at most.
 
-The network is efficientnet-lite0 at its own 224 pixels, exported to ONNX and run by onnxruntime, without torch.
+The network is efficientnet-lite0 at its own 224 pixels, exported to ONNX; onnxruntime runs it, without torch.
 
     load      in fresh processes, `headstart.load(BUNDLE, engine="onnx")` with all that it imports, after
               onnxruntime was imported; median. What importing onnxruntime itself takes is told beside it.

@@ -62,6 +62,8 @@ def push(folder: str | Path, repo: str, *, private: bool = False, dry_run: bool 
         return wanted
     hub = _client()
     api = hub.HfApi()
+    # What its HTTP library, which changed twice, raises when there is no connection.
+    no_connection: Any = hub.errors.HfHubHTTPError.__mro__[1]
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(
@@ -79,8 +81,10 @@ def push(folder: str | Path, repo: str, *, private: bool = False, dry_run: bool 
         raise ConfigError(
             "You are not logged in to the Hub. Use `hf auth login`, or set HF_TOKEN."
         ) from error
-    except (hub.errors.OfflineModeIsEnabled, OSError) as error:
-        raise Unreachable(f"huggingface.co cannot be reached: {first_line(error)}") from error
+    except (OSError, no_connection) as error:
+        raise Unreachable(
+            f"The Hub cannot be reached: {first_line(error)} The bundle is whole; send it later."
+        ) from error
     return wanted
 
 
