@@ -3,6 +3,9 @@
 One in which each picture takes its own way, by block (`parts.routed`) or by filter (`parts.gated`), carries
 what builds it again in its `meta["routed"]`; config.json holds that under "routed", with the architecture.
 `settle` makes an ordinary network of it.
+
+One that lost channels (`parts.cutting`) says what was kept of each layer, and how it came to that, in its
+attribute `pruned`; config.json holds that under "pruned".
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from headstart.errors import MethodError, ModelError, first_line
 from headstart.nets.architecture import Architecture
 from headstart.parts import gated
 from headstart.parts import routed as by_block
+from headstart.parts.cutting import cut
 from headstart.ship.folder import CONFIG
 
 
@@ -30,15 +34,18 @@ def describe(config: Architecture | None, net: nn.Module, classes: int) -> dict[
         net: the network.
         classes: its outputs.
     """
-    about = net.meta.get("routed") if isinstance(net, fx.GraphModule) else None
-    if about is not None and "net" in about:  # it was built from a description itself
+    routed = net.meta.get("routed") if isinstance(net, fx.GraphModule) else None
+    kind, about = ("pruned", vars(net).get("pruned")) if routed is None else ("routed", routed)
+    if not isinstance(about, Mapping):
+        return {}
+    if "net" in about:  # it was built from a description itself
         config = Architecture(**about["net"])
-    if config is None or about is None:
+    if config is None:
         return {}
     wanted = config.with_classes(classes)
     with torch.random.fork_rng(devices=[]):
-        same = shapes(_rebuilt(wanted.build(), about)) == shapes(net)
-    return {"routed": {**about, "net": asdict(wanted)}} if same else {}
+        same = shapes(_again(wanted.build(), kind, about)) == shapes(net)
+    return {kind: {**about, "net": asdict(wanted)}} if same else {}
 
 
 def build(folder: Path, own: Mapping[str, Any]) -> nn.Module | None:
@@ -51,18 +58,31 @@ def build(folder: Path, own: Mapping[str, Any]) -> nn.Module | None:
     Raises:
         ModelError: a description of no network.
     """
-    if "routed" not in own:
+    kind = next((each for each in _WHAT if each in own), None)
+    if kind is None:
         return None
-    routed = own["routed"]
+    about = own[kind]
     try:
         with torch.random.fork_rng(devices=[]):
-            net = _rebuilt(Architecture(**routed["net"]).build(), routed)
-    except (TypeError, KeyError, ValueError, AttributeError, MethodError) as error:
+            return _again(Architecture(**about["net"]).build(), kind, about)
+    except (TypeError, KeyError, ValueError, AttributeError, MethodError, ModelError) as error:
         raise ModelError(
-            f"'{folder / CONFIG}' is damaged: it describes no network with routes. ({first_line(error)})"
+            f"'{folder / CONFIG}' is damaged: it describes no network {_WHAT[kind]}. ({first_line(error)})"
         ) from error
-    net.meta["routed"] = routed
-    return net
+
+
+_WHAT = {"routed": "with routes", "pruned": "that lost channels"}
+
+
+def _again(net: nn.Module, kind: str, about: Mapping[str, Any]) -> nn.Module:
+    """The network that was described; it knows so itself, so that it can be saved again."""
+    if kind == "pruned":
+        net = cut(net, about["kept"])
+        vars(net)["pruned"] = about
+        return net
+    routed = _rebuilt(net, about)
+    routed.meta["routed"] = about
+    return routed
 
 
 def settle(net: nn.Module) -> tuple[nn.Module, Architecture, dict[str, Any]]:

@@ -96,7 +96,8 @@ class TransTailor(Method):
         floor: share of its channels that every layer keeps. 0.1: Gate Decorator's code; the paper has none.
         round_to: every layer keeps a multiple of so many channels; 8 suits most processors. 1: ours, exact.
         stem: whether the layer that is given the pictures may lose channels.
-        C: inverse strength of the head's L2 penalty when it is solved. 1e-4, as for `lp-ft`.
+        C: inverse strength of the head's L2 penalty when it is solved. None chooses the best on validation:
+            filters are weighed by what this head makes of them, and one that is held back says less.
         head_lr: rate of the head, × the body's. 5, as for `lp-ft`; the paper: 10.
     """
 
@@ -160,7 +161,7 @@ class TransTailor(Method):
         floor: Annotated[float, Field(ge=0, lt=1)] = 0.1,
         round_to: PositiveInt = 1,
         stem: bool = True,
-        C: PositiveFloat | None = 1e-4,
+        C: PositiveFloat | None = None,
         head_lr: NonNegativeFloat = 5.0,
         **given: Any,
     ) -> None:
