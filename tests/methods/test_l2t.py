@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,8 +14,9 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from headstart.errors import MethodError, TrainingError
-from headstart.method import Method, Phase
+from headstart.method import Method, Phase, Preset
 from headstart.methods.select.l2t import L2TW, L2TWW, Transfer
+from headstart.testing import Case, networks, run_check
 
 PAIRS = [(0, 0), (2, 2), (2, 0), (0, 1)]
 
@@ -580,6 +581,30 @@ def test_networks_of_any_kind(learns: str, teaches: str) -> None:
         for a, b in zip(before.values(), method.source.net.state_dict().values(), strict=True)
     )
     assert method.observe()["lost"] == 0
+
+
+class FromAnother(L2TWW):
+    """Learns from a network of another kind, where the contract gives it none.
+
+    Args:
+        T: as in L2TWW.
+    """
+
+    presets: ClassVar[dict[str, Preset]] = {}
+
+    def __init__(self, net: nn.Module, classes: int | None = None, *, T: int = 1, **given: Any) -> None:
+        other = "test_vit" if "ResNet" in type(net).__name__ else "test_resnet"
+        source = next(make for shown, make in networks().items() if other in shown)()
+        super().__init__(net, classes, T=T, **{**given, "source": source})
+
+
+@pytest.mark.parametrize(
+    "check",
+    ["resumes_bit_equal", "stays_finite_in_bf16", "copies_are_independent", "source_stays_as_it_was"],
+)
+def test_contract_with_another_network(check: str) -> None:
+    make = next(make for shown, make in networks().items() if "test_resnet" in shown)
+    run_check(check, {"resnet": Case(FromAnother, make())})
 
 
 def test_the_source_is_seen_once() -> None:

@@ -279,7 +279,10 @@ def _logits(net: nn.Module, x: Tensor) -> Tensor:
     except Exception as error:
         given = f"{x.shape[1]} channels and {x.shape[2]} × {x.shape[3]} pixels"
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise MethodError(f"{type(net).__name__} cannot see pictures of {given}: {lines[0]}") from error
+        raise MethodError(
+            f"{type(net).__name__} cannot see pictures of {given}: {lines[0].rstrip('.')}. Give it the size "
+            "and the channels that it was made for."
+        ) from error
     if not isinstance(logits, Tensor):
         raise MethodError(f"{type(net).__name__} answers with a {type(logits).__name__}; logits are needed.")
     return logits

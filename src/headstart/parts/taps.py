@@ -203,7 +203,10 @@ def _followed(net: nn.Module, x: Tensor) -> list[_Call]:
     except Exception as error:
         given = f"{x.shape[1]} channels and {x.shape[2]} × {x.shape[3]} pixels"
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise MethodError(f"{type(net).__name__} cannot see pictures of {given}: {lines[0]}") from error
+        raise MethodError(
+            f"{type(net).__name__} cannot see pictures of {given}: {lines[0].rstrip('.')}. Give it the size "
+            "and the channels that it was made for."
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()
