@@ -26,6 +26,7 @@ _HOME = {
     "Result": "headstart.records",
     "Run": "headstart.records",
     "compare": "headstart.comparison.runner",
+    "export": "headstart.ship.export",
     "load": "headstart.ship.predict",
     "train": "headstart.training.job",
 }
@@ -41,6 +42,7 @@ __all__ = [
     "Run",
     "__version__",
     "compare",
+    "export",
     "load",
     "train",
 ]
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from headstart.errors import HeadstartError
     from headstart.method import Data, Group, Loss, Method, Phase
     from headstart.records import Result, Run
+    from headstart.ship.export import export
     from headstart.ship.predict import load
     from headstart.training.job import train
 
