@@ -404,6 +404,10 @@ def _settings(evidence: Evidence, seen: Seen | None) -> list[tuple[str, str]]:
             for each in tests[:12]
             if isinstance(each, dict)
         ]
+    if evidence.trials:
+        found.append(
+            ("tuning", f"{words.several(evidence.trials, 'trial')} in all; none of them saw a test picture")
+        )
     spent = asked.get("spent")
     if isinstance(spent, dict):
         found += [
