@@ -34,6 +34,7 @@ NAMES = (
     "route",
     "selection",
     "serve",
+    "scheduling",
     "judge",
     "report",
     "export",

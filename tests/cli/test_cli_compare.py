@@ -173,3 +173,56 @@ def test_seeds() -> None:
     ]
     with pytest.raises(ConfigError):
         _numbers("seeds", None)
+
+
+def test_everything_at_once(typed: Typed, pictures: Path, net: Path, tmp_path: Path) -> None:
+    """Searched, on two splits, with fewer labels too, and a curve; then the same line trains nothing."""
+    out = tmp_path / "compared"
+    asked = ("compare", pictures, "--model", net, "--out", out, "--methods", "probe,full", *SMALL)
+    more = ("--splits", 2, "--seeds", 1, "--trials", 2, "--train-size", "6,all", "--learning-curve")
+    ended = typed(*asked, *more)
+    assert ended.code == 0, ended.err
+    assert "runs done;" in ended.err and "leads on val:" in ended.err
+    told = json.loads((out / "compare.json").read_text())
+    assert (told["splits"], told["train_sizes"], told["trials"]) == ([0, 1], [6, None], 2)
+    assert told["command"].startswith("headstart compare")
+    studies = json.loads((out / "search.json").read_text())["studies"]
+    assert len(studies) == 8  # two methods, two splits, two sizes
+    assert {len(study["trials"]) for study in studies} == {2}
+    with (out / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["role"] for row in rows} == {"run", "trial", "curve"}
+    assert {row["status"] for row in rows} == {"finished"}
+    assert not any(row["test_accuracy"] for row in rows if row["role"] == "trial")
+    models = [path.parent.name for path in out.glob("runs/*/model")]
+    assert len(models) == sum(row["role"] != "trial" for row in rows)
+    curve = json.loads((out / "curve.json").read_text())
+    assert curve["advice"] in ended.out
+    before = (out / "results.csv").read_text()
+    ended = typed(*asked, *more)
+    assert "epoch" not in ended.err
+    assert (out / "results.csv").read_text() == before
+    ended = typed("compare", "--config", out / "config.resolved.yaml", "--out", out)
+    assert ended.code == 0, ended.err
+    assert (out / "results.csv").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--trials", 0), "trials is how many"),
+        (("--budget", "soon"), "such as 90s"),
+        (("--jobs", 0), "jobs is how many"),
+        (("--on", "slurm"), "on is 'ray'"),
+        (("--splits", "some"), "splits takes a number"),
+        (("--train-size", "few"), "train_sizes are numbers"),
+        (("--track", "wanbd"), "Did you mean 'wandb'"),
+        (("--set", "trial=true"), "Use --trials"),
+    ],
+)
+def test_what_cannot_be_asked_is_said_in_a_line(
+    typed: Typed, pictures: Path, tmp_path: Path, more: tuple[Any, ...], said: str
+) -> None:
+    ended = typed("compare", pictures, "--out", tmp_path / "out", "--methods", "full", *more)
+    assert ended.code == 1
+    assert said in ended.err and "Traceback" not in ended.err

@@ -310,6 +310,8 @@ def show(done: Comparison) -> None:
         if note:
             print(note)
     print(f"\nVerdict:   {verdict.sentence}")
+    if done.curve is not None and done.curve["advice"]:
+        print(f"Labels:    {done.curve['advice']}")
     print(f"Results:   {done.folder}  (verdict.json, results.csv, runs/)")
 
 
