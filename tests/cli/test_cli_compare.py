@@ -185,7 +185,7 @@ def test_everything_at_once(typed: Typed, pictures: Path, net: Path, tmp_path: P
     assert "runs done;" in ended.err and "leads on val:" in ended.err
     told = json.loads((out / "compare.json").read_text())
     assert (told["splits"], told["train_sizes"], told["trials"]) == ([0, 1], [6, None], 2)
-    assert told["command"].startswith("headstart compare")
+    assert told["command"].startswith("headstart ")
     studies = json.loads((out / "search.json").read_text())["studies"]
     assert len(studies) == 8  # two methods, two splits, two sizes
     assert {len(study["trials"]) for study in studies} == {2}

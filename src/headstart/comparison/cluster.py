@@ -21,7 +21,7 @@ from typing import Any
 
 from headstart.comparison.crew import Ended, Executor, Prepared, Task, again, attempt
 from headstart.data.loader import Task as Pieces
-from headstart.disk import whole
+from headstart.disk import LOCK, whole
 from headstart.errors import ConfigError, OutputError, Unreachable
 from headstart.training.events import Reporter
 from headstart.training.job import Prepared as Whole
@@ -105,10 +105,13 @@ def _join(ray: Any, address: str, options: dict[str, Any]) -> None:
         else:
             outcome.append(None)
 
-    # A thread, because something else that listens at the port may keep Ray waiting for ever.
-    thread = threading.Thread(target=join, daemon=True)
-    thread.start()
-    thread.join(JOINED_IN)
+    if address == "local":
+        join()  # what it starts ends with the thread that started it
+    else:
+        # Something else that listens at the port may keep Ray waiting for ever.
+        thread = threading.Thread(target=join, daemon=True)
+        thread.start()
+        thread.join(JOINED_IN)
     if not outcome:
         raise Unreachable(f"What answers at {address} did not take us in for {JOINED_IN:.0f} s: is it Ray?")
     if outcome[0] is not None:
@@ -225,7 +228,7 @@ def _do(executor: Executor, task: Task, light: Any, *parts: Any) -> tuple[str | 
         files = {
             str(path.relative_to(own / task.name)): path.read_bytes()
             for path in sorted((own / task.name).rglob("*"))
-            if path.is_file() and path.name != "last.pt"
+            if path.is_file() and path.name not in ("last.pt", LOCK)
         }
     finally:
         shutil.rmtree(own, ignore_errors=True)
