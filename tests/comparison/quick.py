@@ -28,6 +28,7 @@ class Ready:
     unfit: str | None
     recipe: Recipe = field(default_factory=lambda: Recipe(optimizer="sgd", lr=0.01, weight_decay=1e-4))
     learnt_from: int = 80
+    audited: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
