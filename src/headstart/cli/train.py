@@ -92,7 +92,8 @@ def settled(prepared: Prepared) -> dict[str, Any]:
 
 def _show(result: Result, out: Path) -> None:
     method = result.method if result.preset is None else f"{result.method} ({result.preset})"
-    print(f"{method} on {result.model}, {len(result.classes)} classes, {result.epochs} epochs")
+    plural = "epoch" if result.epochs == 1 else "epochs"
+    print(f"{method} on {result.model}, {len(result.classes)} classes, {result.epochs} {plural}")
     for name, score in (("val ", result.val), ("test", result.test)):
         if score is not None:
             print(
