@@ -88,12 +88,12 @@ def test_it_waits_for_those_on_their_way_and_not_for_ever() -> None:
         began = time.monotonic()
         with batcher.coming():  # it does not come
             assert await batcher.ask(pixel(3)) == 3
-        assert 0.4 < time.monotonic() - began < 2
+        assert 0.9 < time.monotonic() - began < 6
         began = time.monotonic()
         assert await batcher.ask(pixel(4)) == 4
-        assert time.monotonic() - began < 0.3, "nobody is on the way: no waiting"
+        assert time.monotonic() - began < 0.9, "nobody is on the way: no waiting"
 
-    assert with_batcher(test, patience=0.5).batches == [[1, 2], [3], [4]]
+    assert with_batcher(test, patience=1.0).batches == [[1, 2], [3], [4]]
 
 
 def test_one_that_gives_up_on_the_way_holds_nobody_up() -> None:

