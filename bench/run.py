@@ -33,6 +33,8 @@ NAMES = (
     "constrain",
     "route",
     "selection",
+    "transtailor_cost",
+    "reshape",
     "serve",
     "scheduling",
     "judge",
