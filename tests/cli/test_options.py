@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,20 @@ def test_every_flag_is_described(app: typer.Typer) -> None:
             assert getattr(parameter, "help", None), parameter.name
             assert "None" not in parameter.help, parameter.name  # type: ignore[attr-defined]
     assert "seed" not in {parameter.name for parameter in made.params}
+
+
+def test_targets_are_hyper_parameters_with_flags_of_their_own() -> None:
+    seen: dict[str, Any] = {}
+
+    @run_options("Method")
+    def command(flags: dict[str, Any], sets: list[str] | None = None, config: Path | None = None) -> int:
+        seen.update(flags=flags, sets=sets)
+        return 0
+
+    names = inspect.signature(command).parameters
+    assert {"flops", "params", "latency_ms"} <= set(names)
+    none = dict.fromkeys(name for name in names)
+    command(**{**none, "flops": 0.5, "sets": ["rounds=2"]})
+    assert seen == {"flags": {}, "sets": ["rounds=2", "flops=0.5"]}
+    command(**none)
+    assert seen["sets"] is None

@@ -58,6 +58,13 @@ PANELS: dict[str, tuple[str, ...]] = {
     "Machine": ("device", "precision", "workers", "channels_last", "compile"),
 }
 
+# How small a network is to become: hyper-parameters of methods that reshape, under flags of their own.
+TARGETS = {
+    "flops": "Target: the share of the network's FLOPs that is left, such as 0.5; for transtailor",
+    "params": "Target: the share of its parameters; for transtailor",
+    "latency_ms": "Target: milliseconds for one picture on this machine's CPU; for transtailor",
+}
+
 _TITLES = {"Training": "Training (not given: the recipe of the network's family)"}
 
 Data = typing.Annotated[
@@ -105,12 +112,17 @@ def run_options(
         without: fields that this command has another way to ask for.
     """
     fields = [(panel, name) for panel in panels for name in PANELS[panel] if name not in without]
+    targets = TARGETS if "Method" in panels else {}
 
     def give(command: Callable[..., int]) -> Callable[..., int]:
         @functools.wraps(command)
         def run(**values: Any) -> int:
             flags = {name: values.pop(name) for _, name in fields}
             given = {name: value for name, value in flags.items() if value is not None}
+            asked = {name: values.pop(name) for name in targets}
+            told = [f"{name}={value}" for name, value in asked.items() if value is not None]
+            if told:
+                values["sets"] = [*(values.get("sets") or []), *told]
             return command(flags=given, **values)
 
         own = inspect.signature(command, eval_str=True)
@@ -120,6 +132,7 @@ def run_options(
             if name != "flags"
         ]
         parameters += [_flag(name, panel) for panel, name in fields]
+        parameters += [_target(name, about) for name, about in targets.items()]
         run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {each.name: each.annotation for each in parameters}
         return run
@@ -151,6 +164,13 @@ def _flag(name: str, panel: str) -> inspect.Parameter:
         default=None,
         annotation=typing.Annotated[kind | None, option],
     )
+
+
+def _target(name: str, about: str) -> inspect.Parameter:
+    """A target as a flag that is None unless it is given."""
+    option = typer.Option(help=about, show_default=False, rich_help_panel="Method")
+    kind = typing.Annotated[float | None, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
 
 
 def _kind(field: FieldInfo) -> tuple[Any, str | None]:
