@@ -25,6 +25,7 @@ from conftest import paint
 from headstart.data.preprocess import Preprocess
 from headstart.errors import ConfigError, DataError, ModelError
 from headstart.ship import bundle, folder, verify
+from headstart.ship import run as runs
 from headstart.ship.export import Exported, export
 from headstart.ship.predict import load
 
@@ -315,3 +316,30 @@ def test_pictures_that_are_gone_or_few(shipped: Shipped, tmp_path: Path) -> None
     unchecked = export(alone, tmp_path / "out", formats=("safetensors",), check=False)
     assert unchecked.verified == {}
     assert json.loads((tmp_path / "out" / "verification.json").read_text())["formats"] == {}
+
+
+def test_the_static_form_of_a_routed_network_is_scored_anew(
+    pictures: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    headstart.train(
+        pictures, model=str(tiny_model), out=tmp_path / "run", method="spottune", epochs=1, batch_size=8
+    )
+    with pytest.raises(ModelError, match="nothing to settle"):
+        headstart.train(
+            pictures, model=str(tiny_model), out=tmp_path / "plain", method="probe", epochs=1, batch_size=8
+        )
+        export(tmp_path / "plain", tmp_path / "no", formats=("safetensors",), static=True)
+    both = {}
+    for name, static in (("dynamic", False), ("static", True)):
+        done = export(tmp_path / "run", tmp_path / name, formats=("safetensors",), static=static)
+        both[name] = load(tmp_path / name, engine="torch")
+        assert done.verified["model.safetensors"]["agreed"] == 15
+        assert done.calibration.val is not None and done.calibration.val.n == 6
+    assert "timm" in done.verified, "an ordinary network again"
+    assert type(both["static"].net).__name__ == "ResNet"
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert both["dynamic"].card["test"]["accuracy"] == result["test"]["accuracy"]
+    paths = runs.held_out(runs.of_model(tmp_path / "run" / "model"))[:9]  # type: ignore[arg-type]
+    right = np.mean([row.label == Path(row.path).parent.name for row in both["static"].predict(paths)])
+    assert both["static"].card["test"]["accuracy"] == pytest.approx(right)
+    assert "one ordinary network in the place" in (tmp_path / "static" / "README.md").read_text()

@@ -36,6 +36,10 @@ def run(
             "--with-preprocessing", help="One more ONNX file that takes uint8 pictures of any size."
         ),
     ] = False,
+    static: Annotated[
+        bool,
+        typer.Option("--static", help="Of a network with routes: one way for all pictures, scored anew."),
+    ] = False,
     data: Annotated[
         Path | None,
         typer.Option(metavar="PATH", help="Where the run's pictures lie now, or any others to verify with."),
@@ -76,6 +80,7 @@ def run(
         out,
         formats=[name.strip() for name in format.split(",") if name.strip()],
         with_preprocessing=with_preprocessing,
+        static=static,
         accuracy=accuracy,
         data=data,
         pictures=pictures,

@@ -133,6 +133,13 @@ def _scores(card: Mapping[str, Any], intervals: Mapping[str, Mapping[str, Sequen
             known["accuracy"] = wilson(round(accuracy * n), n)
         yield f"| {split} | {' | '.join(_number(score.get(key), known.get(key)) for key in columns)} |"
     yield from ("", "In brackets 95 % intervals: what another draw of as many pictures could have shown.")
+    settled = card.get("settled")
+    if isinstance(settled, Mapping) and isinstance(settled.get("agreement"), float):
+        yield (
+            "This is one ordinary network in the place of one in which each picture takes its own way; on "
+            f"{settled.get('pictures')} {settled.get('of')} pictures the two agreed in "
+            f"{settled['agreement']:.1%}. The scores are of this one."
+        )
     if card.get("refit"):
         yield (
             "The scores on val are of the same training on train alone; those on test are of the weights in "

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from headstart.data.picture import Unreadable, open_picture
 from headstart.data.preprocess import Preprocess
 from headstart.errors import ConfigError, DataError, unknown
 from headstart.nets.architecture import quiet
@@ -46,6 +49,7 @@ def export(
     *,
     formats: Sequence[str] = ("safetensors", "onnx"),
     with_preprocessing: bool = False,
+    static: bool = False,
     accuracy: float = 0.95,
     data: str | Path | None = None,
     pictures: int = 100,
@@ -60,6 +64,8 @@ def export(
         formats: of 'safetensors', 'onnx' and 'pt2'. One that the network has no form in is left out and
             named.
         with_preprocessing: a second ONNX file, with the preprocessing inside.
+        static: one ordinary network in the place of one in which each picture takes its own way. It is
+            another network: it is scored and calibrated anew, on the run's own val and test.
         accuracy: that answers should have; the threshold for `unsure` is found for it.
         data: where the run's pictures lie now, or any pictures for a model of which the run is not known.
         pictures: with how many to verify, 50 or more.
@@ -73,35 +79,58 @@ def export(
         OutputError: a folder that holds something else, or cannot be written.
     """
     asked = _asked(formats, with_preprocessing, accuracy, pictures)
-    model = find(Path(source).expanduser())
-    trained = bundle.read(model)
-    finished = runs.of_model(model)
-    calibration = _calibration(trained.calibration, finished, accuracy)
-    shown = _pictures(finished, data, pictures) if check else []
-    if check and len(shown) < verify.ENOUGH:
-        say(f"Verified with {len(shown)} pictures only: there are no more that it did not learn from.")
-    with files.whole(out) as fresh:
-        document = _copy(model, fresh, trained, calibration, weights="safetensors" in asked)
-        refused = _write(fresh, asked, trained, calibration, with_preprocessing)
-        for name, why in refused.items():
-            say(f"{name} was not written: {why}")
-        found = _verified(fresh, trained, calibration, shown)
-        checked = {
-            "formats": found,
-            "not_written": refused,
-            "held_out": finished is not None and check,
-            "versions": {name: version(name) for name in _packages(asked)},
-        }
-        files.write_json(fresh / files.VERIFICATION, checked)
-        text = model_card.write(
-            document,
-            calibration=calibration,
-            verification=checked,
-            intervals=intervals(finished.scored) if finished is not None else None,
-            files=sorted(path.name for path in fresh.iterdir()),
+    where = None if data is None else Path(data).expanduser()
+    with _read(Path(source).expanduser(), where, static) as (model, trained, finished):
+        calibration = _calibration(trained.calibration, finished, accuracy)
+        shown = _pictures(finished, where, pictures) if check else []
+        if check and len(shown) < verify.ENOUGH:
+            say(f"Verified with {len(shown)} pictures only: there are no more that it did not learn from.")
+        with files.whole(out) as fresh:
+            document = _copy(model, fresh, trained, calibration, weights="safetensors" in asked)
+            refused = _write(fresh, asked, trained, calibration, with_preprocessing)
+            for name, why in refused.items():
+                say(f"{name} was not written: {why}")
+            found = _verified(fresh, trained, calibration, shown)
+            checked = {
+                "formats": found,
+                "not_written": refused,
+                "held_out": finished is not None and check,
+                "versions": {name: version(name) for name in _packages(asked)},
+            }
+            files.write_json(fresh / files.VERIFICATION, checked)
+            text = model_card.write(
+                document,
+                calibration=calibration,
+                verification=checked,
+                intervals=intervals(finished.scored) if finished is not None else None,
+                files=sorted(path.name for path in fresh.iterdir()),
+            )
+            files.write_text(fresh / files.CARD, text)
+        return Exported(Path(out), calibration, found, refused)
+
+
+@contextmanager
+def _read(
+    source: Path, data: Path | None, static: bool
+) -> Iterator[tuple[Path, bundle.Bundle, runs.Finished | None]]:
+    """The model folder that is exported, what lies in it, and its run where that is known."""
+    model = find(source)
+    trained, finished = bundle.read(model), runs.of_model(model)
+    if not static:
+        yield model, trained, finished
+        return
+    trained, finished = _settled(trained, finished, data)
+    with TemporaryDirectory() as folder:
+        own = Path(folder) / "model"
+        bundle.save(
+            own,
+            trained.net,
+            config=trained.config,
+            preprocess=trained.preprocess,
+            classes=trained.classes,
+            card=trained.card,
         )
-        files.write_text(fresh / files.CARD, text)
-    return Exported(Path(out), calibration, found, refused)
+        yield own, trained, finished
 
 
 def _asked(
@@ -121,6 +150,32 @@ def _asked(
     return tuple(name for name in FORMATS if name in formats)
 
 
+def _settled(
+    trained: bundle.Bundle, finished: runs.Finished | None, data: Path | None
+) -> tuple[bundle.Bundle, runs.Finished | None]:
+    """The static form of a network, with scores of its own where its run is known."""
+    trained = bundle.settled(trained)
+    if finished is None:
+        return trained, None
+    network, scored, card = Torch(trained.net, trained.preprocess, "cpu"), {}, dict(trained.card)
+    for split, rows in runs.labelled(finished, data).items():
+        logits, labels = [], []
+        for path, label in rows:
+            try:
+                pixels = trained.preprocess.plain(open_picture(path))
+            except Unreadable:
+                continue
+            logits.append(network(pixels[None])[0])
+            labels.append(label)
+        if labels:
+            said, truth = Calibration().probabilities(np.stack(logits)), np.array(labels)
+            scored[split] = (said.astype(np.float32), truth)
+            at = np.maximum(said[np.arange(len(truth)), truth], np.finfo(np.float32).tiny)
+            right = float((said.argmax(1) == truth).mean())
+            card[split] = {"n": len(truth), "accuracy": right, "log_loss": float(-np.log(at).mean())}
+    return replace(trained, card=card), replace(finished, scored=scored)
+
+
 def _calibration(known: Calibration, finished: runs.Finished | None, accuracy: float) -> Calibration:
     """Of the run's own predictions; of a model that stands alone what it was shipped with."""
     if finished is None or "val" not in finished.scored:
@@ -128,8 +183,7 @@ def _calibration(known: Calibration, finished: runs.Finished | None, accuracy: f
     return calibrate(*finished.scored["val"], accuracy=accuracy, test=finished.scored.get("test"))
 
 
-def _pictures(finished: runs.Finished | None, data: str | Path | None, pictures: int) -> list[Path]:
-    where = None if data is None else Path(data).expanduser()
+def _pictures(finished: runs.Finished | None, where: Path | None, pictures: int) -> list[Path]:
     if finished is not None:
         try:
             return runs.held_out(finished, where)[:pictures]

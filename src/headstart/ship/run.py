@@ -59,18 +59,31 @@ def held_out(finished: Finished, data: Path | None = None) -> list[Path]:
     Raises:
         DataError: they are not there any more, or others are.
     """
+    sides = labelled(finished, data)
+    return [path for side in ("test", "val") for path, _ in sides.get(side, [])]
+
+
+def labelled(finished: Finished, data: Path | None = None) -> dict[str, list[tuple[Path, int]]]:
+    """The same pictures with their labels, by split; a refit has learnt from val, so that is left out.
+
+    Args:
+        finished: the run.
+        data: where its pictures lie now; None: where they lay.
+
+    Raises:
+        DataError: they are not there any more, or others are.
+    """
     run = finished.result.run
-    where = str(data) if data is not None else run.data
     table = scan(
-        where,
+        str(data) if data is not None else run.data,
         image_col=run.image_col,
         label_col=run.label_col,
         split_col=run.split_col,
         group_col=run.group_col,
     )
     divided = Split.read(finished.folder / "split.csv", table)
-    sides = ("test", "val") if finished.result.refit is None else ("test",)  # a refit has learnt from val
-    return [table.paths[i] for side in sides for i in divided.index(side)]
+    sides = ("test", "val") if finished.result.refit is None else ("test",)
+    return {side: [(table.paths[i], table.labels[i]) for i in divided.index(side)] for side in sides}
 
 
 def pictures_of(folder: Path) -> list[Path]:
