@@ -181,6 +181,8 @@ def compare(
         overwrite=overwrite,
         command=command,
     )
+    if jobs is None and executor is not None and on is None:
+        jobs = 1  # only those that ask for it have to be fit to be sent to other processes
     where = _where(jobs, on, address, str(fields.get("device", "auto")))
     folder = Path(out)
     _claim(folder)
