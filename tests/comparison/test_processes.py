@@ -183,3 +183,35 @@ def test_jobs_are_a_number(tmp_path: Path, jobs: Any) -> None:
     with pytest.raises(ConfigError, match="jobs is how many"):
         compare("x", "full", out=tmp_path / "out", jobs=jobs)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_real_runs_survive_kills(pictures: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """The same bits, whoever was killed: what is scored, tried and chosen, but for the times it took."""
+    asked: dict[str, Any] = {"methods": "full,l2-sp", "seeds": 1, "splits": 1, "epochs": 4, "trials": 2}
+    asked |= {"model": str(tiny_model), "img_size": 32, "batch_size": 8, "device": "cpu", "jobs": 2}
+    asked |= {"channels_last": False}
+    compare(str(pictures), out=tmp_path / "whole", **asked)
+    out = tmp_path / "out"
+    script = (
+        "from headstart.comparison.runner import compare\n"
+        f"compare({str(pictures)!r}, out={str(out)!r}, **{asked!r})\n"
+    )
+    for victim in ("driver", "worker"):
+        driver = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+        until = time.monotonic() + 120
+        while driver.poll() is None and not (any(out.glob("runs/*/last.pt")) and children(driver.pid)):
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        assert driver.poll() is None
+        os.kill(children(driver.pid)[0] if victim == "worker" else driver.pid, signal.SIGKILL)
+        if victim == "driver":
+            driver.wait()
+        else:
+            assert driver.wait(240) == 0
+    timed = {"seconds", "peak_memory_mb", "ms_per_image"}
+
+    def told(folder: Path) -> list[dict[str, str]]:
+        return [{key: value for key, value in row.items() if key not in timed} for row in rows(folder)]
+
+    assert told(out) == told(tmp_path / "whole")
