@@ -59,6 +59,12 @@ def test_every_command_has_help_with_an_example(typed: Typed, name: str) -> None
     assert typed(name, "-h").out == ended.out
 
 
+def test_brackets_in_help_are_no_markup(typed: Typed) -> None:
+    said = " ".join(typed("compare", "--help").out.replace("│", " ").split())
+    assert '--methods "full,l2-sp[alpha=0.01],l2-sp[alpha=0.1]"' in said
+    assert "NAME[KEY=VALUE,...]" in said
+
+
 def test_version(typed: Typed) -> None:
     assert typed("--version").out == f"headstart {headstart.__version__}\n"
     done = subprocess.run(

@@ -5,6 +5,7 @@ The modules of the commands are imported when one of them is asked for, so that 
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import signal
@@ -159,7 +160,8 @@ def _command(name: str) -> Any:
         context_settings={"help_option_names": ["-h", "--help"]},
         rich_markup_mode="rich",
     )
-    single.command(name)(run)
+    # In brackets rich looks for markup, and swallows what people are to type.
+    single.command(name, help=inspect.cleandoc(run.__doc__ or "").replace("[", r"\["))(run)
     return typer.main.get_command(single)
 
 
