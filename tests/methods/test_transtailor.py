@@ -18,6 +18,7 @@ from headstart.errors import MethodError
 from headstart.method import Data
 from headstart.methods.reshape.transtailor import TransTailor
 from headstart.parts.cost import count
+from headstart.parts.ranking import in_order
 from headstart.testing import Case, run_check
 
 pytestmark = pytest.mark.filterwarnings("ignore:tau = ")
@@ -144,7 +145,13 @@ def test_what_is_left_is_what_was_asked(kind: str, target: float) -> None:
         "flops": count(net, SHAPE).total / counts.full,
         "params": sum(p.numel() for p in net.parameters()) / counts.parameters_full,
     }[kind]
-    assert target - 0.01 <= left <= target
+    assert left <= target
+    scores, kept = method.memory["scores"], method.memory["kept"].clone()
+    last = in_order(scores, method.gates.per_unit(torch.ones_like(method.gates.alpha)).detach())
+    gone = [unit for unit in last.tolist() if not kept[unit]]
+    kept[gone[-1]] = True  # with one unit more it is not enough
+    shares = method.budget.shares(kept)
+    assert shares[kind] > target or left >= target - 0.01
     assert count(net, SHAPE).total < counts.full
 
 
@@ -161,6 +168,7 @@ def test_the_lowest_of_the_whole_network_go_and_nothing_else() -> None:
 
 def test_all_that_goes_together_goes_together() -> None:
     method = trained(built("tf_efficientnet_lite0", flops=0.6, rounds=1), 2, until="tune 1")
+    assert method.observe()["flops"] == pytest.approx(0.6, abs=0.01)
     net = method.export()
     block = net.blocks[1][0]
     wide = block.conv_pw.out_channels
@@ -293,7 +301,7 @@ def test_the_papers_form_multiplies_outputs_by_beta() -> None:
     paper = TransTailor.presets["paper"].hyper
     method = trained(built(**{**paper, "flops": 0.9, "rounds": 1, "tau": None}), 2, until="tune 1").eval()
     kept, beta = method.memory["kept"], method.memory["scores"]
-    assert method.gates.alpha.min() >= 0 and method.gates.alpha.max() <= 1  # drawn from U(0, 1)
+    assert 0.2 < float(method.gates.alpha.detach().mean()) < 0.8  # drawn from U(0, 1), and trained a little
     by_hand = copy.deepcopy(method.net)
     factor = torch.cat([beta * kept, torch.ones(1)])
     with torch.no_grad():
@@ -387,7 +395,7 @@ def test_a_latency_leads_to_a_network_that_is_smaller() -> None:
     cost = method.budget.counts
     method.budget._measured = lambda net: lambda keep: cost.flops(keep) / cost.full * 2  # type: ignore[method-assign,assignment]
     trained(method, 2, until="tune 1")
-    assert method.observe()["flops"] == pytest.approx(0.5, abs=0.02)
+    assert 0.44 < method.observe()["flops"] <= 0.5  # found to a hundredth of the units
     assert int(method.memory["kept"].sum()) < whole
 
 
