@@ -279,7 +279,7 @@ def test_only_the_first_of_several_processes_speaks(monkeypatch: pytest.MonkeyPa
 
 def test_commands_and_modules_agree() -> None:
     folder = Path(entry.__file__).parent
-    shared = {"__init__", "entry", "outcome", "options", "asked", "progress"}
+    shared = {"__init__", "answers", "asked", "entry", "options", "outcome", "progress"}
     assert {path.stem for path in folder.glob("*.py")} - shared == set(COMMANDS)
     assert all(callable(module.run) for module in (doctor, methods))
 

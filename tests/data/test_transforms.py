@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from headstart.data.preprocess import Preprocess, augment
+from headstart.data.preprocess import Preprocess
+from headstart.data.transforms import augment
 from headstart.errors import ConfigError
 
 

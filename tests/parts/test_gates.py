@@ -203,7 +203,7 @@ def test_magnitudes_and_ranks_by_hand() -> None:
     net, found, gates, keep = built()
     norms = gates.norms(net)
     unit = int(found.out["layer1.0.conv1"][2])
-    assert float(norms[unit]) == pytest.approx(float(net.layer1[0].conv1.weight[2].norm()), rel=1e-6)
+    assert float(norms[unit]) == pytest.approx(float(net.layer1[0].conv1.weight[2].detach().norm()), rel=1e-6)
     scores = magnitudes(gates, net, found.group, keep)
     means = per_group(scores, found.group, keep)
     assert torch.allclose(means, torch.ones_like(means), atol=1e-5)

@@ -220,7 +220,7 @@ def compared(fields: Mapping[str, Any], out: Path, *, overwrite: bool = False) -
         hyper=_by_method(fields.get("hyper", {}), fields),
         overwrite=overwrite,
         reporter=reporter(),
-        command=shlex.join(["headstart", *sys.argv[1:]]),
+        command=shlex.join(["headstart", *outcome.typed.get()]),
         **more,
         **own,
     )

@@ -86,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         headstart (with a file that holds the details), 2 finished with failed runs, 130 interrupted.
     """
     given = list(sys.argv[1:] if argv is None else argv)
+    outcome.typed.set(tuple(given))
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that cannot be written is no reason to stop
         sys.stdout.reconfigure(errors="backslashreplace")
     with outcome.terminated_like_interrupted():

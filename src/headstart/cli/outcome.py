@@ -14,12 +14,15 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn
 
 from headstart.cli import INTERRUPTED
 
 GOOD, MISTAKE, SOME_FAILED = 0, 1, 2
+
+typed: ContextVar[tuple[str, ...]] = ContextVar("typed", default=())  # what stands after `headstart`
 
 # The machine says no: a disk, a right, a name. Nothing that a traceback would explain better.
 _NOT_OURS = {
@@ -112,7 +115,7 @@ def terminated_like_interrupted() -> Iterator[None]:
 def _note(error: Exception) -> Path:
     """Write the traceback where it can be found, and say where that is."""
     text = "".join(traceback.format_exception(error))
-    head = f"headstart {' '.join(sys.argv[1:])}\nPython {sys.version}\n\n"
+    head = f"{shlex.join(['headstart', *typed.get()])}\nPython {sys.version}\n\n"
     name = f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
     for folder in (_cache_dir() / "errors", Path(tempfile.gettempdir())):
         try:

@@ -139,7 +139,7 @@ class Deadly(Quick):
 
 
 def test_a_run_that_kills_its_process_is_given_up(tmp_path: Path) -> None:
-    from test_processes import Deadly as Found  # by the name that workers know it under
+    from test_comparison_processes import Deadly as Found  # by the name that workers know it under
 
     found = compare("x", "full,l2-sp", out=tmp_path, executor=Found(), jobs=2, seeds=1, epochs=2)
     (failure,) = found.failed
