@@ -19,9 +19,13 @@ import pytest
 from quick import Quick
 
 from headstart.comparison import ledger
+from headstart.comparison.crew import Task, attempt
 from headstart.comparison.processes import places
 from headstart.comparison.runner import compare
+from headstart.comparison.search import Watch
 from headstart.errors import ConfigError, OutputError
+from headstart.records import Result, Run
+from headstart.training.events import Reporter
 
 HERE = Path(__file__).parent
 ASKED: dict[str, Any] = {"methods": "full,l2-sp,probe", "splits": 2, "seeds": 2, "epochs": 6, "trials": 8}
@@ -56,6 +60,20 @@ def test_two_processes_give_the_table_of_one(tmp_path: Path) -> None:
     assert searched(tmp_path / "two") == searched(tmp_path / "one")
     assert two.judgement == one.judgement
     assert len(rows(tmp_path / "one")) == RUNS
+
+
+def test_an_epoch_too_many_after_a_kill_does_not_count(tmp_path: Path) -> None:
+    """Killed between an epoch's checkpoint and the look at it, a trial is trained for one epoch more."""
+    watch = Watch(((0.9,) * 6,) * 8, 6)
+    stop = watch.stops_at([0.1] * 6)
+    assert stop is not None
+    record = {"val_accuracy": 0.1, "val_log_loss": 1.0, "seconds": 0.25}
+    (tmp_path / "metrics.jsonl").write_text((json.dumps(record) + "\n") * (stop + 1))
+    run = Run(data="pictures", method="full", epochs=6, trial=True)
+    ready = Quick().prepare(run, share=None, say=print)
+    attempt(Quick(), Task(run, ready.name, tmp_path, resume=True, watch=watch), ready, Reporter())
+    found = Result.read(tmp_path / "result.json")
+    assert (found.status, found.epochs, found.seconds) == ("pruned", stop, 0.25 * stop)
 
 
 @pytest.mark.slow

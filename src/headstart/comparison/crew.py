@@ -256,6 +256,10 @@ def steps_of(folder: Path) -> list[float]:
 def _leave_pruned(task: Task, prepared: Prepared, epoch: int) -> Result:
     """Its result.json: a trial that was stopped is over, and is not trained again."""
     run, records = task.run, epochs_of(task.folder)
+    # A kill between the checkpoint of that epoch and the look at it costs one epoch more. The table does not
+    # show it: it is the same after any kill.
+    scored = [i for i, record in enumerate(records) if record.get("val_accuracy") is not None]
+    counted = records[: scored[epoch - 1] + 1]
     result = Result(
         status="pruned",
         reason=f"stopped after epoch {epoch}: worse than the median of the trials before it",
@@ -267,7 +271,7 @@ def _leave_pruned(task: Task, prepared: Prepared, epoch: int) -> Result:
         split_seed=run.seed if run.split_seed is None else run.split_seed,
         seed=run.seed,
         epochs=epoch,
-        seconds=round(sum(record.get("seconds", 0.0) for record in records), 2),
+        seconds=round(sum(record.get("seconds", 0.0) for record in counted), 2),
     )
     write_json(task.folder / "result.json", result.model_dump(mode="json"))
     (task.folder / "last.pt").unlink(missing_ok=True)
