@@ -23,9 +23,9 @@ import timm
 import torch
 
 import measurement
+import one_step
 from headstart import registry
 from headstart.method import Method
-from headstart.nets.recipe import recipe
 from headstart.training.machine import Machine
 from measurement import Check, median
 
@@ -45,42 +45,13 @@ def built(name: str, architecture: str, x: torch.Tensor) -> Method:
 def stepper(name: str, architecture: str, machine: Machine, x: torch.Tensor) -> Callable[[], None]:
     """One training step of a method, ready to be called."""
     method = built(name, architecture, x)
-    chosen = recipe(method.net, train_size=PICTURES, batch_size=BATCH)
-    method.criterion = torch.nn.CrossEntropyLoss(label_smoothing=chosen.label_smoothing)
-    machine.place(method)
-    y = torch.arange(len(x)) % CLASSES
-    phase = next(iter(method.phases(1, [(x, y)])))
-    optimizer = machine.optimizer(phase, chosen)
-    for group in optimizer.param_groups:
-        group["lr"] *= 1e-3  # random weights on random pictures: keep every number finite
-    trained = machine.wrap(method)
-
-    def step() -> None:
-        loss = machine.step(trained, optimizer, x, y, clip=chosen.clip)
-        if not loss.total.isfinite():
-            raise RuntimeError(f"The loss of {name} on {architecture} is {float(loss.total)}.")
-
-    return step
+    what = f"{name} on {architecture}"
+    return one_step.ready(method, what, machine, x, classes=CLASSES, pictures=PICTURES, batch=BATCH)
 
 
 def kept_for_backward(name: str, architecture: str, x: torch.Tensor) -> float:
     """MiB that the graph of one step holds."""
-    method = built(name, architecture, x).train()
-    weights = {p.untyped_storage().data_ptr() for p in method.parameters()}
-    if method.keeps_source:
-        weights |= {p.untyped_storage().data_ptr() for _, p in method.source.named_parameters()}
-    held: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            held[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = method(x, torch.arange(len(x)) % CLASSES)
-    assert loss.total.requires_grad  # the graph is alive, so no storage was used twice
-    return sum(held.values()) / 2**20
+    return one_step.kept_for_backward(built(name, architecture, x), x, classes=CLASSES)
 
 
 def main() -> int:
