@@ -157,6 +157,7 @@ class Method(nn.Module):
         source: the network to stay close to or learn from, where it is another one than `net`.
         head: dotted name of the module that makes the logits; None finds it.
         example: one input batch [1, C, H, W], for methods that have to see the network run once.
+        pretrained: False: `net` came with random weights, and the run's rate is made for these.
 
     Keyword arguments that a subclass adds are its hyper-parameters; `hyper()` reads them.
     """
@@ -167,6 +168,9 @@ class Method(nn.Module):
     keeps_source: ClassVar[bool] = False  # hold a Frozen copy of the net as it was given
     takes_source: ClassVar[bool] = False  # may learn from another network, of any architecture
     keeps_statistics: ClassVar[bool] = True  # may train with the source's BatchNorm statistics held
+    follows: ClassVar[Literal["sgd", "adamw"] | None] = (
+        None  # whose steps it foresees; taken unless one is asked for
+    )
     takes_steps: ClassVar[bool] = True  # False: solved, so that the run's rate and decay change nothing
     presets: ClassVar[Mapping[str, Preset]] = {}
     known_failures: ClassVar[Mapping[str, str]] = {}  # contract check: the reason why it cannot hold
@@ -179,6 +183,7 @@ class Method(nn.Module):
         source: nn.Module | None = None,
         head: str | None = None,
         example: Tensor | None = None,
+        pretrained: bool = True,
     ) -> None:
         super().__init__()
         # The copy is taken before the head is replaced: some methods need the source's own logits.
@@ -194,7 +199,7 @@ class Method(nn.Module):
         self.example = example
         self.criterion: nn.Module = nn.CrossEntropyLoss()
         self.norm: Literal["train", "eval"] = "train"  # "eval": BatchNorm keeps its statistics throughout
-        self.pretrained = True  # False: `net` came with random weights, and the run's rate is made for these
+        self.pretrained = pretrained
         self.memory = Memory()  # what `enter` measured: saved, moved, the same on every rank
         self._phase: Phase | None = None
         self._at, self._epochs_done, self._entered = 0, 0, -1
@@ -311,9 +316,12 @@ class Method(nn.Module):
         Args:
             body_lr: rate of the body, × the run's.
             decay: weight decay of kernels, × the run's.
-            head_lr: rate of the head, × the run's.
+            head_lr: rate of the head, × the run's; at most the body's where the network came with random
+                weights, since the head is then as new as the rest and the run's rate is made for that.
             layer_decay: γ; a layer `d` steps below the head learns at `body_lr * γ**d`.
         """
+        if not self.pretrained:
+            head_lr = min(head_lr, body_lr)
         in_head = {id(parameter) for parameter in self.head_module.parameters()}
         depth = depths(self.net) if layer_decay != 1.0 else {}
         sorted_: dict[tuple[str, float, float], list[nn.Parameter]] = {}

@@ -68,3 +68,11 @@ def test_it_is_what_everybody_writes() -> None:
             optimizer.zero_grad()
     for name, value in plain.state_dict().items():
         assert torch.equal(method.net.state_dict()[name], value), name
+
+
+def test_a_head_on_random_weights_learns_no_faster_than_the_rest() -> None:
+    """Ten times a rate that is made for random weights already ends at chance."""
+    fresh = Full(timm.create_model("test_resnet"), 3, pretrained=False)
+    assert {group.lr for group in fresh.plan(2)[0].groups} == {1.0}
+    tuned = Full(timm.create_model("test_resnet"), 3)
+    assert {group.lr for group in tuned.plan(2)[0].groups} == {1.0, 10.0}

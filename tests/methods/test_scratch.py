@@ -88,5 +88,12 @@ def test_rates() -> None:
 def test_the_rate_of_a_network_that_came_with_random_weights_is_not_raised_twice() -> None:
     method = Scratch(timm.create_model("test_resnet"), 3)
     assert {group.lr for group in method.plan(1)[0].groups} == {10.0}
-    method.pretrained = False
+    method = Scratch(timm.create_model("test_resnet"), 3, pretrained=False)
     assert {group.lr for group in method.plan(1)[0].groups} == {1.0}
+
+
+def test_a_network_that_came_with_random_weights_keeps_them() -> None:
+    net = timm.create_model("test_resnet")
+    before = {key: value.clone() for key, value in net.state_dict().items() if not key.startswith("fc")}
+    after = Scratch(net, 3, pretrained=False).net.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())

@@ -65,6 +65,15 @@ def test_default_with_random_weights_needs_no_package(monkeypatch: pytest.Monkey
         load()
 
 
+def test_random_weights_leave_no_block_shut() -> None:
+    """timm starts the last norm of every residual block at zero; here everything takes part at once."""
+    net = load("resnet18", pretrained=False).net
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(norms) == 20 and all((norm.weight == 1).all() and not norm.bias.any() for norm in norms)
+    weight = net.get_submodule("layer4.1.conv2").get_parameter("weight")
+    assert weight.std().item() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.02)
+
+
 def test_another_size_reaches_network_and_preprocessing() -> None:
     assert load(img_size=96).preprocess.size == 96
     vit = load("test_vit", pretrained=False, img_size=64)

@@ -19,6 +19,7 @@ from headstart.errors import MethodError, ModelError, Unreachable, first_line, n
 from headstart.nets import embedded, hub
 from headstart.nets.architecture import SOURCE_KEYS, Architecture, described, quiet
 from headstart.nets.weights import Report, State, fit, read
+from headstart.parts.fresh import reinitialise
 from headstart.parts.head import find_head
 
 DEFAULT = embedded.NAME
@@ -57,7 +58,8 @@ def load(
             "resnet50.a1_in1k", "timm/resnet50.a1_in1k", "hf-hub:owner/name"), or a folder with
             config.json and weights in timm's layout ("local-dir:" may stand before it).
         weights: a file with weights for that architecture instead: safetensors or a state dict.
-        pretrained: False: random weights; nothing is read or fetched but a folder's config.json.
+        pretrained: False: random weights, drawn as for `scratch`; nothing is read or fetched but a
+            folder's config.json.
         img_size: side of the input in pixels; None: the checkpoint's own. Networks of a fixed size have
             their position embeddings resampled.
         say: told in one line each what a person may want to know.
@@ -92,6 +94,10 @@ def load(
     else:
         net, origin = _from_timm(model, architecture, say)
     _check_head(net, model)
+    if not pretrained:
+        # timm starts the last norm of a residual block at zero, for long trainings: each block is nothing at
+        # first. On a few hundred pictures that costs dearly, and `scratch` would be another start.
+        reinitialise(net)
     preprocess = preprocessing(architecture, model)
     if img_size is not None:
         _try(net, img_size, model)

@@ -25,7 +25,8 @@ class Scratch(Method):
     Args:
         lr_scale: rate of everything, × the run's. Random weights bear and need larger steps than
             pretrained ones; 10 turns the family's fine-tuning rate into its usual training rate. Where the
-            network came with random weights the run's rate is such a one already, and is taken as it is.
+            network came with random weights the run's rate is such a one already, and is taken as it is,
+            as are the weights: all methods then start from the same.
     """
 
     name = "scratch"
@@ -38,7 +39,8 @@ class Scratch(Method):
     ) -> None:
         super().__init__(net, classes, **given)
         self.lr_scale = lr_scale
-        reinitialise(self.net)
+        if self.pretrained:
+            reinitialise(self.net)
 
     def plan(self, epochs: int) -> list[Phase]:
         """One phase: everything learns."""
