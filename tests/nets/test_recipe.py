@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from headstart.nets.recipe import family, recipe
+from headstart.records import OptimizerName
 
 FAMILIES = {
     "test_resnet": "batchnorm-cnn",
@@ -70,3 +71,15 @@ def test_random_weights_get_a_training_rate_and_statistics_that_move() -> None:
     trained = recipe(net, train_size=300, batch_size=32, pretrained=False)
     assert (tuned.norm, trained.norm) == ("eval", "train")
     assert trained == tuned.model_copy(update={"lr": 0.03, "norm": "train"})
+
+
+@pytest.mark.parametrize(("name", "other"), [("tf_efficientnet_lite0", "sgd"), ("test_resnet", "adamw")])
+def test_another_optimiser_gets_a_rate_of_its_own(name: str, other: OptimizerName) -> None:
+    """One family's rate under the other's rule hardly moves, or destroys."""
+    net = timm.create_model(name)
+    own = recipe(net, train_size=300, batch_size=32)
+    turned = recipe(net, train_size=300, batch_size=32, optimizer=other)
+    assert own.optimizer != other
+    rate, decay = {"sgd": (0.003, 1e-4), "adamw": (3e-4, 0.05)}[other]
+    assert turned == own.model_copy(update={"optimizer": other, "lr": rate, "weight_decay": decay})
+    assert recipe(net, train_size=300, batch_size=32, optimizer=own.optimizer) == own

@@ -15,8 +15,10 @@ from told import folder
 from headstart import calibration
 from headstart.cli import main
 from headstart.errors import OutputError
+from headstart.records import Recipe
 from headstart.report import figures, insides, write
 from headstart.report.evidence import read
+from headstart.report.methods_section import paragraphs
 from headstart.report.page import render
 
 INSIDE = ("l2-sp", "delta", "hybrid-forward", "l2t-ww", "transtailor", "spottune", "adafilter")
@@ -171,6 +173,18 @@ def test_what_is_pasted_names_methods_statistics_and_versions(page: str) -> None
     assert "2 random stratified splits (training 60%, validation 20%, test 20%" in pasted
     assert "Bayesian bootstrap" in pasted
     assert "headstart 0.1.0, torch 2.15.0, timm 1.0.31" in pasted
+
+
+def test_a_method_with_another_optimiser_is_named(tmp_path: Path) -> None:
+    out = folder(tmp_path, ("l2t-ww", "full", "probe"))
+    evidence = read(out)
+    for seen in evidence.runs:
+        own = "sgd" if seen.label == "l2t-ww" else "adamw"
+        recipe = Recipe(optimizer=own, lr=0.01, weight_decay=1e-4)
+        object.__setattr__(seen, "result", seen.result.model_copy(update={"recipe": recipe}))
+    setup = paragraphs(evidence)[0]
+    assert "with AdamW (learning rate" in setup
+    assert "unless the method prescribes otherwise; l2t-ww with SGD. Models were" in setup
 
 
 def test_a_learning_curve_an_audit_and_tuning_are_shown_where_they_are(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from headstart.errors import ConfigError, DataError, HeadstartError, OutputError
 from headstart.records import Result, Run
 from headstart.training.events import Reporter
 from headstart.training.folder import claimed
-from headstart.training.job import Prepared, execute, prepare
+from headstart.training.job import Prepared, build, execute, prepare
 
 
 def asked(pictures: Path, model: Path, **fields: Any) -> dict[str, Any]:
@@ -388,6 +388,26 @@ def test_interrupted_by_a_person_leaves_a_run_that_goes_on(
     assert time.perf_counter() - started < 600
 
 
+def test_a_method_that_foresees_one_optimiser_gets_it_with_its_rate(pictures: Path) -> None:
+    """The family of the default network has AdamW, which l2t-ww cannot foresee: nobody has to know that."""
+    given = asked(pictures, Path("efficientnet-lite0"), img_size=64)
+    said: list[str] = []
+    recipes = {
+        name: prepare(Run.asked(**given, method=method, **fields), say=said.append).recipe
+        for name, method, fields in (
+            ("full", "full", {}),
+            ("l2t-ww", "l2t-ww", {}),
+            ("asked", "l2t-ww", {"optimizer": "adamw"}),
+            ("preset", "l2t-ww", {"preset": "paper"}),
+        )
+    }
+    assert (recipes["full"].optimizer, recipes["full"].lr) == ("adamw", 3e-4)
+    assert (recipes["l2t-ww"].optimizer, recipes["l2t-ww"].lr) == ("sgd", 0.003)
+    assert (recipes["asked"].optimizer, recipes["asked"].lr) == ("adamw", 3e-4)  # refused when it begins
+    assert (recipes["preset"].optimizer, recipes["preset"].lr) == ("sgd", 0.1)
+    assert sum("foresees the steps of sgd" in line for line in said) == 1
+
+
 def test_random_weights_are_the_seeds_and_every_methods_alike(pictures: Path, tiny_model: Path) -> None:
     def prepared(**fields: Any) -> Prepared:
         given = asked(pictures, tiny_model, weights="random", **fields)
@@ -396,6 +416,9 @@ def test_random_weights_are_the_seeds_and_every_methods_alike(pictures: Path, ti
     first = prepared(method="full")
     assert first.recipe.norm == "train" and first.recipe.lr == pytest.approx(0.03)
     assert prepared(method="l2-sp").fingerprints.source == first.fingerprints.source
+    start = build(first).net.state_dict()
+    for key, value in build(prepared(method="scratch")).net.state_dict().items():
+        assert torch.equal(value, start[key]), key
     assert prepared(method="full", seed=1).fingerprints.source != first.fingerprints.source
     shared = prepare(
         Run.asked(**asked(pictures, tiny_model, weights="random", method="full", seed=1)),

@@ -57,13 +57,14 @@ def run(
         train_size=pictures,
         batch_size=asked_for.batch_size,
         pretrained=asked_for.pretrained,
+        optimizer=asked_for.optimizer or cls.follows,
     )
     recipe = asked_for.recipe(family)
     other = None
     if asked_for.source is not None:
         other = zoo.load(asked_for.source, pretrained=False, img_size=size).net
-    built = cls(bare.net, classes, source=other, example=torch.zeros(1, 3, size, size), **hyper)
-    built.pretrained = asked_for.pretrained
+    example, pretrained = torch.zeros(1, 3, size, size), asked_for.pretrained
+    built = cls(bare.net, classes, source=other, example=example, pretrained=pretrained, **hyper)
     if sum(phase.epochs for phase in built.plan(asked_for.epochs)) != asked_for.epochs:
         raise ConfigError(f"The plan of {method} does not add up to {asked_for.epochs} epochs.")
     holds = has_batchnorm(built.net) and recipe.norm == "eval" and cls.keeps_statistics

@@ -25,13 +25,20 @@ from typing import Literal
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from headstart.records import Norm, Recipe
+from headstart.records import Norm, OptimizerName, Recipe
 
 Family = Literal["batchnorm-cnn", "depthwise-cnn", "layernorm-cnn", "plain-cnn", "transformer"]
 
 # [T] Below these a batch's statistics are too noisy to train with.
 FEW_PICTURES = 500
 SMALL_BATCH = 16
+
+
+# What a family gets where it is asked to use the other optimiser: 0.003 learns [D], and lies in [L].
+_OTHERWISE: dict[OptimizerName, dict[str, float]] = {
+    "sgd": {"lr": 0.003, "weight_decay": 1e-4},
+    "adamw": {"lr": 3e-4, "weight_decay": 0.05},
+}
 
 
 def family(net: nn.Module) -> Family:
@@ -64,7 +71,14 @@ def family(net: nn.Module) -> Family:
     return "layernorm-cnn" if layer and layer >= group else "plain-cnn"
 
 
-def recipe(net: nn.Module, *, train_size: int, batch_size: int, pretrained: bool = True) -> Recipe:
+def recipe(
+    net: nn.Module,
+    *,
+    train_size: int,
+    batch_size: int,
+    pretrained: bool = True,
+    optimizer: OptimizerName | None = None,
+) -> Recipe:
     """The baseline recipe for this network on this much data.
 
     Random weights bear and need larger steps than pretrained ones, and their statistics say nothing yet:
@@ -76,8 +90,12 @@ def recipe(net: nn.Module, *, train_size: int, batch_size: int, pretrained: bool
         train_size: pictures to learn from.
         batch_size: pictures per step on one device.
         pretrained: whether it starts from weights that somebody trained.
+        optimizer: another than the family's, with the rate and decay that belong to it: a rate for AdamW
+            is a tenth of what SGD needs.
     """
     tuning = _tuning(net, train_size, batch_size)
+    if optimizer is not None and optimizer != tuning.optimizer:
+        tuning = tuning.model_copy(update={"optimizer": optimizer} | _OTHERWISE[optimizer])
     return tuning if pretrained else tuning.model_copy(update={"lr": 10 * tuning.lr, "norm": "train"})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from headstart.records import Result
@@ -14,8 +15,22 @@ def paragraphs(evidence: Evidence) -> list[str]:
     """Two or three paragraphs of plain text; empty where no run finished."""
     if not evidence.runs:
         return []
-    result = evidence.runs[0].result
+    result = _usual(evidence)
     return [each for each in (_setup(evidence, result), _tuning(evidence), _statistics(evidence)) if each]
+
+
+def _usual(evidence: Evidence) -> Result:
+    """A run with the optimiser that most have: a method that follows one alone speaks for itself."""
+    rules = Counter(each.result.recipe.optimizer for each in evidence.runs if each.result.recipe is not None)
+    most = next(iter(rules.most_common(1)), (None, 0))[0]
+    return next(
+        (
+            e.result
+            for e in evidence.runs
+            if e.result.recipe is not None and e.result.recipe.optimizer == most
+        ),
+        evidence.runs[0].result,
+    )
 
 
 def _setup(evidence: Evidence, result: Result) -> str:
@@ -44,15 +59,28 @@ def _setup(evidence: Evidence, result: Result) -> str:
     if result.recipe is not None:
         r = result.recipe
         text += (
-            f" with {r.optimizer.upper() if r.optimizer == 'sgd' else 'AdamW'} (learning rate {r.lr:.3g}, "
+            f" with {_spelt(r.optimizer)} (learning rate {r.lr:.3g}, "
             f"weight decay {r.weight_decay:.3g}, {r.schedule} schedule, label smoothing {r.label_smoothing:g}"
             + (", moving average of the weights" if r.ema is not None else "")
             + "), unless the method prescribes otherwise"
         )
+        others = list(
+            dict.fromkeys(
+                (each.label, _spelt(each.result.recipe.optimizer))
+                for each in evidence.runs
+                if each.result.recipe is not None and each.result.recipe.optimizer != r.optimizer
+            )
+        )
+        for rule in dict.fromkeys(rule for _, rule in others):
+            text += f"; {listed([label for label, other in others if other == rule])} with {rule}"
     return (
         f"{text}. Models were chosen on validation images only; test images were scored once per run, at its "
         "end."
     )
+
+
+def _spelt(optimizer: str) -> str:
+    return {"sgd": "SGD", "adamw": "AdamW"}[optimizer]
 
 
 def _cited(label: str) -> str:

@@ -147,8 +147,11 @@ def prepare(run: Run, *, share: Prepared | None = None, say: Callable[[str], Non
         train_size=len(task.labels("train")),
         batch_size=effective.batch_size,
         pretrained=run.pretrained,
+        optimizer=effective.optimizer or cls.follows,
     )
     recipe = effective.recipe(family)
+    if effective.optimizer is None and cls.follows is not None:
+        say(f"{run.method} foresees the steps of {cls.follows} alone, and learns by it")
     micro = effective.batch_size // effective.grad_accum
     if micro < 1:
         raise ConfigError(
@@ -194,10 +197,10 @@ def build(prepared: Prepared) -> Method:
         len(task.classes),
         source=_source(prepared),
         example=torch.zeros(1, 3, size, size),
+        pretrained=prepared.run.pretrained,
         **prepared.hyper,
     )
     method.norm = prepared.recipe.norm
-    method.pretrained = prepared.run.pretrained
     method.criterion = nn.CrossEntropyLoss(
         task.class_weights(prepared.run.class_weights), label_smoothing=prepared.recipe.label_smoothing
     )
