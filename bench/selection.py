@@ -5,7 +5,8 @@ a split of its own, on clipart and on fashion-mnist. The source is efficientnet-
 weights. `scratch` has no source; `l2t-w[what=false]` is feature matching, where all channels and all pairs of
 layers count the same: stage to stage of equal stride, or all the pairs that l2t-ww has.
 
-Equal epochs: all as many. Equal time: as many epochs as fit in the time that l2t-ww took for its own; what an
+Equal epochs: all as many, and some of them once more with the source's maps divided by their spread
+(`norm_maps`). Equal time: as many epochs as fit in the time that l2t-ww took for its own; what an
 epoch takes is measured first, each method alone on the machine.
 
 Nothing is judged by who wins. What is: that the times at equal time were equal. Told besides: whether l2t-ww
@@ -52,6 +53,11 @@ METHODS = (
     "l2t-w",
     "l2t-ww",
 )
+NORMALISED = (  # the source's maps by their own spread, so that β counts as for other sources
+    "fitnets[mode=joint,norm_maps=true]",
+    "l2t-w[what=false,pairs=all,norm_maps=true]",
+    "l2t-ww[norm_maps=true]",
+)
 REFERENCE = "full"  # of the source itself
 PER_CLASS = {"clipart": 120, "fashion": 150}  # drawn once; three splits of them
 SHARES = {"clipart": (0.49, 0.13, 0.38), "fashion": (1 / 3, 1 / 10, 17 / 30)}  # about 500 to learn from
@@ -82,10 +88,11 @@ def main() -> int:
     options = parser.parse_args()
     here = measurement.begin("selection")
     began = time.perf_counter()
-    methods, out = METHODS, options.out
+    methods, normed, out = METHODS, NORMALISED, options.out
     size, batch, epochs, seeds = 96, 32, options.epochs, options.seeds
     if options.quick:
-        methods, out = ("scratch", EQUALLY, "l2t-ww"), out.with_name(out.name + "-quick")
+        methods, normed = ("scratch", EQUALLY, "l2t-ww"), NORMALISED[:1]
+        out = out.with_name(out.name + "-quick")
         size, batch, epochs, seeds = 32, 8, 1, 2
     pictures = {
         name: drawn(name, options.data, per_class=6 if options.quick else PER_CLASS[name])
@@ -106,7 +113,7 @@ def main() -> int:
         learner = {"model": LEARNS, "weights": "random", "source": SOURCE}
         grids[name] = {
             "epochs": plan(
-                str(pictures[name]), methods, seeds=seeds, baseline="scratch", **fields, **learner
+                str(pictures[name]), [*methods, *normed], seeds=seeds, baseline="scratch", **fields, **learner
             ),
             "reference": plan(str(pictures[name]), [REFERENCE], seeds=seeds, **fields),
         }
@@ -115,7 +122,9 @@ def main() -> int:
     each = {}  # seconds of an epoch
     if "time" in options.protocols:
         each = _clocked(
-            grids[options.sets[0]]["epochs"].cells, 2 if options.quick else CLOCKED, out / "clock"
+            [cell for cell in grids[options.sets[0]]["epochs"].cells if cell.label in methods],
+            2 if options.quick else CLOCKED,
+            out / "clock",
         )
         print("  an epoch alone: " + ", ".join(f"{label} {took:.2f} s" for label, took in each.items()))
     fits = {label: max(1, round(epochs * each["l2t-ww"] / took)) for label, took in each.items()}
@@ -135,7 +144,7 @@ def main() -> int:
             if fits[cell.label] == epochs
             else _job(base / "time", _of_length(cell, fits[cell.label]), each[cell.label])
             for cell in grid["epochs"].cells
-            if each
+            if cell.label in each
         ]
     chosen = [(name, kind) for name in grids for kind in ("reference", *options.protocols)]
     todo = {each.folder: each for key in chosen for each in jobs[key]}
@@ -146,14 +155,15 @@ def main() -> int:
     details["seconds_of_an_epoch"] = {label: round(took, 3) for label, took in each.items()}
     checks = []
     for name, kind in chosen:
-        found, rows = _told(name, kind, jobs[name, kind], methods if kind != "reference" else (REFERENCE,))
+        told = {"reference": (REFERENCE,), "epochs": (*methods, *normed), "time": methods}[kind]
+        found, rows = _told(name, kind, jobs[name, kind], told)
         details.setdefault(name, {})[kind] = {"sentence": found.sentence, "rows": rows}
         if kind == "time":
             times = [row["training_seconds"] for row in rows if row["training_seconds"]]
             what = f"{name}, training at equal time, longest / shortest"
             checks.append(Check(what, max(times) / min(times), BOUND, at_least=False))
         if kind != "reference" and EQUALLY in methods:
-            against = _judged(jobs[name, kind], methods, EQUALLY).rows[methods.index("l2t-ww")]
+            against = _judged(jobs[name, kind], told, EQUALLY).rows[methods.index("l2t-ww")]
             details[name][kind]["l2t-ww over matching equally"] = _say_whether(name, kind, against)
     details["seconds"] = round(time.perf_counter() - began, 1)
     code = measurement.finish(

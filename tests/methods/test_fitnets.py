@@ -197,6 +197,37 @@ def test_the_joint_loss_is_its_formula() -> None:
     torch.testing.assert_close(method.regressor.weight.grad, r.weight.grad, rtol=1e-10, atol=1e-15)
 
 
+class _Louder(nn.SiLU):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * super().forward(x)
+
+
+@pytest.mark.parametrize("mode", ["staged", "joint"])
+def test_a_hint_counts_in_its_own_spread(mode: str) -> None:
+    """So that a source whose maps are larger teaches the same; as they are, it does not."""
+
+    def learnt(factor: float, norm_maps: bool) -> tuple[FitNets, list[Tensor]]:
+        loud = teacher()
+        loud[4] = _Louder(factor)
+        method = build(source=loud, mode=mode, pair="5,4", kd="none", norm_maps=norm_maps)
+        for _ in train(method, 4, batches()):
+            pass
+        return method, [each.detach().clone() for each in method.net.parameters()]
+
+    (method, once), (_, louder) = learnt(1.0, True), learnt(50.0, True)
+    for p, q in zip(once, louder, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-11)
+    seen = teacher().eval()[:5](torch.cat([x for x, _ in batches()])).detach()
+    sigma = seen.var((0, 2, 3), unbiased=False).mean().sqrt()
+    torch.testing.assert_close(method.memory["spread"], sigma, rtol=1e-12, atol=0)
+    raw, raw_louder = learnt(1.0, False)[1], learnt(50.0, False)[1]
+    assert not all(torch.allclose(p, q, rtol=1e-2) for p, q in zip(raw, raw_louder, strict=True))
+
+
 class _Golden(nn.Module):
     """A map that is `w` times the picture, and a head that makes [0, 0] of it."""
 
@@ -211,11 +242,13 @@ class _Golden(nn.Module):
         return self.head(self.pool(self.stem(x)).flatten(1))
 
 
-def test_golden() -> None:
+@pytest.mark.parametrize(("norm_maps", "loss_is", "slope"), [(False, 2.5, -7.0), (True, 0.5, 3.0)])
+def test_golden(norm_maps: bool, loss_is: float, slope: float) -> None:
     """w = 2, source 3, r = 1 · v + ½: on pictures of 1 and 2 in 2 × 2, gaps 3 − 2.5 = .5 and 6 − 4.5 = 1.5.
 
     By hand: ½ · Σ gap² = ½ · 4 · .25 = .5 and ½ · 4 · 2.25 = 4.5, on average 2.5; the mean over the four
-    positions is .625. d/dw of ½ Σ (3x − wx − ½)² is −4 · gap · x: −2 and −12, on average −7.
+    positions is .625. d/dw of ½ Σ (3x − wx − ½)² is −4 · gap · x: −2 and −12, on average −7. Counted in their
+    spread of 1.5 the hints are 2 and 4, both gaps −.5, the losses .5 and the slopes 2 and 4.
     """
     method = FitNets(
         _Golden(2.0).double(),
@@ -224,6 +257,7 @@ def test_golden() -> None:
         example=torch.zeros(1, 1, 2, 2),
         regressor="conv1x1",
         reduction="sum",
+        norm_maps=norm_maps,
     )
     with torch.no_grad():
         method.regressor.weight.fill_(1.0)
@@ -234,10 +268,10 @@ def test_golden() -> None:
     next(method.phases(4, [(x, y)]))
     loss = method(x, y)
     loss.total.backward()
-    assert loss.total.item() == pytest.approx(2.5, abs=1e-14)
-    assert method.net.stem.weight.grad.item() == pytest.approx(-7, abs=1e-14)
+    assert loss.total.item() == pytest.approx(loss_is, abs=1e-14)
+    assert method.net.stem.weight.grad.item() == pytest.approx(slope, abs=1e-14)
     method.reduction = "mean"
-    assert method(x, y).total.item() == pytest.approx(0.625, abs=1e-14)
+    assert method(x, y).total.item() == pytest.approx(loss_is / 4, abs=1e-14)
 
 
 def test_golden_kd() -> None:

@@ -318,6 +318,60 @@ def test_the_order_of_pairs_and_of_pictures_does_not_matter() -> None:
     assert all(torch.allclose(a[order], b) for a, b in zip(straight, mixed, strict=True))
 
 
+class Times(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+
+def learnt_from_louder(factor: float, **hyper: Any) -> tuple[Transfer, list[Tensor]]:
+    """What three batches teach where the source's last maps are `factor` times as large."""
+    torch.manual_seed(0)
+    net, louder = Small((3, 4, 5)).double(), source()
+    louder.stage2 = nn.Sequential(*louder.stage2, Times(factor))
+    example = torch.zeros(1, 3, 16, 16, dtype=torch.float64)
+    method = L2TWW(net, 3, source=louder, example=example, pairs="2-2,2-1", meta_lr=0.1, **hyper)
+    data = batches()
+    phase = next(iter(method.phases(1, data)))
+    optimizer = phase.optimizer(torch.optim.SGD, lr=0.1, momentum=0.9)
+    for x, y in data:
+        method(x, y).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return method, [each.detach().clone() for each in (*method.parameters(),)]
+
+
+def test_a_source_whose_maps_are_larger_teaches_the_same() -> None:
+    _, once = learnt_from_louder(1.0, norm_maps=True)
+    _, louder = learnt_from_louder(40.0, norm_maps=True)
+    assert all(torch.allclose(p, q, rtol=1e-9, atol=1e-12) for p, q in zip(once, louder, strict=True))
+    _, raw = learnt_from_louder(1.0)
+    _, raw_louder = learnt_from_louder(40.0)
+    assert not all(torch.allclose(p, q, rtol=1e-2) for p, q in zip(raw, raw_louder, strict=True))
+
+
+def test_maps_are_divided_by_their_spread_over_the_training_pictures() -> None:
+    method, _ = learnt_from_louder(40.0, beta=0.7, norm_maps=True)
+    method.eval()
+    x, y = batches(1)[0]
+    everything = torch.cat([x for x, _ in batches()])
+    seen = method.source.net.stages(everything)[2]
+    sigma = seen.var((0, 2, 3), unbiased=False).mean().sqrt()
+    with torch.no_grad():
+        theirs, ours = method.source.net.stages(x)[2] / sigma, method.net.stages(x)
+        total = torch.zeros((), dtype=x.dtype)
+        for n, regressor, choose in zip((2, 1), method.regressors, method.choosers, strict=True):
+            made = regressor(ours[n])
+            goal = F.interpolate(theirs, size=made.shape[2:], mode="bilinear", align_corners=False)
+            shares, strength = choose(theirs.mean((2, 3)))
+            total += 0.7 * (strength * (shares * (goal - made).square().mean((2, 3))).sum(1)).mean()
+        found = match_loss(method, x, y)
+    torch.testing.assert_close(found, total, rtol=1e-10, atol=0)
+
+
 @pytest.mark.parametrize(("bias", "dead"), [(-100.0, ("what", "where")), (100.0, ("where",))])
 def test_a_saturated_strength_has_no_gradient(bias: float, dead: tuple[str, ...]) -> None:
     method = build(meta_decay=0.0)

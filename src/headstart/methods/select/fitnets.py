@@ -61,6 +61,7 @@ from headstart.parts.regressor import (
 )
 from headstart.parts.segments import Segments, pairs, segments
 from headstart.parts.space import Among, Between
+from headstart.parts.spread import Spread
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -76,6 +77,8 @@ class FitNets(Method):
         pair: guided and hint layer by name, as in "layer2,blocks.2". Empty: the middle one of the pairs with
             equal strides.
         beta: β, weight of the hint. 0.5: L2T-ww's weight of matched features (RepDistiller: 100).
+        norm_maps: divide the source's map by its spread over the training pictures, one number, so that β
+            means the same whatever the source. Off: as in the paper.
         reduction: "mean" over channels and positions (ours), or their "sum", as the loss is usually written.
         hint_share: share of the epochs that goes to the hint. 0.3: ours.
         kd: whose answers are distilled: the source's own "logits", or those of a linear "probe" that is
@@ -154,6 +157,7 @@ class FitNets(Method):
         regressor: RegressorName = "auto",
         pair: str = "",
         beta: Annotated[NonNegativeFloat, Between(0.05, 50.0, log=True, off=0.0)] = 0.5,
+        norm_maps: bool = False,
         reduction: Literal["mean", "sum"] = "mean",
         hint_share: Annotated[Share, Among(0.1, 0.3, 0.5, off=0.0)] = 0.3,
         kd: Annotated[Literal["auto", "logits", "probe", "none"], Among("auto", "none", off="none")] = "auto",
@@ -168,6 +172,7 @@ class FitNets(Method):
     ) -> None:
         super().__init__(net, classes, **given)
         self.mode, self.beta, self.reduction, self.hint_share = mode, beta, reduction, hint_share
+        self.norm_maps = norm_maps
         self.temperature, self.lam, self.lam_end = temperature, lam, lam_end
         self.decay_from, self.decay_until, self.decay_in = decay_from, decay_until, decay_in
         self._fresh = classes is not None
@@ -196,7 +201,7 @@ class FitNets(Method):
         ]
         learning = [group for group in lower + self._regressor() if group.params]
         return [
-            Phase("hint", hint, learning, self._follow_hint),
+            Phase("hint", hint, learning, self._follow_hint, enter=self._measure),
             rest("distil", epochs - hint, groups, enter=partial(self._enter, epochs - hint)),
         ]
 
@@ -232,6 +237,8 @@ class FitNets(Method):
 
     def _hint_loss(self, middle: Tensor, theirs: Tensor) -> Tensor:
         v, u = self._ours.boundaries[0].to_map(middle), self._theirs.boundaries[0].to_map(theirs)
+        if "spread" in self.memory:
+            u = u / self.memory["spread"].to(u.dtype)
         size = common_size(v, u)
         gap = squared_distance(resized(u, size), self.regressor(resized(v, size)))  # [B, C, h, w]
         return self.beta * (gap.mean() if self.reduction == "mean" else gap.sum() / len(gap))
@@ -273,6 +280,8 @@ class FitNets(Method):
 
     def _enter(self, epochs: int, data: Data) -> None:
         """Find out how long the phase is, and solve the teacher's head where it needs one."""
+        if self.mode == "joint":
+            self._measure(data)
         if self.kd == "none":
             return
         self.memory["seen"] = torch.tensor(0)
@@ -285,6 +294,15 @@ class FitNets(Method):
             head = solve(*self._features(data.plain), _width(self.head_module), val=val, class_weight=weight)
             self.memory["head_weight"], self.memory["head_bias"] = head.weight.to(like), head.bias.to(like)
             self.memory["head_C"] = torch.tensor(head.C)
+
+    def _measure(self, data: Data) -> None:
+        """How far the hint varies, which is what its distance is counted in."""
+        if not self.norm_maps or self.beta == 0 or self._alone:
+            return
+        spread = Spread()
+        for x, _ in data.plain:
+            spread.see(self._theirs.boundaries[0].to_map(self._to_hint(x)))
+        self.memory["spread"] = spread.value
 
     def _features(self, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
         return features(self.source.net, self._source_head, ((self.source.view(x), y) for x, y in batches))

@@ -14,7 +14,8 @@ convolution that learns with it, f and g are linear, and φ are their weights. I
 These steps carry SGD's momentum and weight decay on. Here all of it is one objective: the step on L_total can
 be foreseen exactly, so the way ahead starts behind it, and `backward` hands out gradients that are known by
 then. That holds for SGD, Nesterov's too, and for steps of one batch without clipping: otherwise there is an
-error or a warning. Outside a phase, or before it has its optimiser, φ gets no gradient.
+error or a warning. A run takes SGD unless another is asked for. Outside a phase, or before it has its
+optimiser, φ gets no gradient.
 
 What a step takes, in multiply-adds of a plain one (bench/l2t_step.py; the official code takes 19.3 with T = 2
 where ResNet18 learns from ResNet34):
@@ -58,6 +59,7 @@ from headstart.parts.lookahead import Path, apart, averaged, derivative, look_ah
 from headstart.parts.matching import Chooser, Student, candidates, evenness, mismatch, to_map, to_size
 from headstart.parts.segments import segments
 from headstart.parts.space import Between
+from headstart.parts.spread import Spread
 
 _SHOWN = (
     "lambda",
@@ -83,6 +85,9 @@ class Transfer(Method):
         every: look ahead at every so many batches only. 1: official code; more is cheaper, and φ slower.
         replay: run the steps again on the way back instead of holding their graphs: less memory, more time.
         parity: let BatchNorm's running statistics see the first step ahead, as in the official code.
+        norm_maps: divide the source's maps by their spread over the training pictures, a number for each
+            stage, so that β means the same whatever the source: EfficientNet-lite0's maps vary by far more
+            than a ResNet's. Off: official code.
         norm_tokens: normalise maps made of tokens over their channels, at each position. On: ours.
         decay: what the run's weight decay is for: "kernels", or "all" (official code).
         head_lr: rate of head and regressors, × the run's. 1: official code.
@@ -92,11 +97,18 @@ class Transfer(Method):
     paper = "Jang, Lee, Hwang, Shin, ICML 2019, arXiv 1905.05901"
     keeps_source = True
     takes_source = True
+    follows = "sgd"
     where: ClassVar[bool]  # learn λ
     presets = {  # noqa: RUF012
         "paper": Preset(
             "the official code at 224 pixels, where ResNet34 teaches ResNet18 from scratch for 200 epochs",
-            hyper={"T": 2, "beta": 0.5, "reach": 8.0, "decay": "all", "head_lr": 1.0},
+            hyper={
+                "T": 2,
+                "beta": 0.5,
+                "reach": 8.0,
+                "decay": "all",
+                "head_lr": 1.0,
+            },
             recipe={
                 "optimizer": "sgd",
                 "lr": 0.1,
@@ -127,6 +139,7 @@ class Transfer(Method):
         every: PositiveInt = 1,
         replay: bool = False,
         parity: bool = False,
+        norm_maps: bool = False,
         norm_tokens: bool = True,
         decay: Literal["kernels", "all"] = "kernels",
         head_lr: NonNegativeFloat = 1.0,
@@ -136,7 +149,8 @@ class Transfer(Method):
         if self.example is None:
             raise MethodError(f"{self.name} has to see both networks run once. Give example=, one picture.")
         self.T, self.beta, self.every, self.replay, self.parity = T, beta, every, replay, parity
-        self.meta_lr, self.meta_decay, self.norm_tokens = meta_lr, meta_decay, norm_tokens
+        self.meta_lr, self.meta_decay = meta_lr, meta_decay
+        self.norm_maps, self.norm_tokens = norm_maps, norm_tokens
         self.decay, self.head_lr = decay, head_lr
         ours, theirs = segments(net, self.example), segments(self.source.net, self.source.view(self.example))
         asked = ("all" if self.where else "one2one") if pairs == "auto" else pairs
@@ -165,7 +179,7 @@ class Transfer(Method):
         if self.decay == "all":
             groups = [group._replace(decay=1.0) for group in groups]
         if not self._learns:
-            return [Phase("match", epochs, groups, self.objective)]
+            return [Phase("match", epochs, groups, self.objective, enter=self._begin)]
         groups.append(Group("choosers", self._phi, rule=self._adam))
         return [Phase("match", epochs, groups, self.objective, enter=self._begin, bind=self._bind)]
 
@@ -210,15 +224,24 @@ class Transfer(Method):
 
     def _source_says(self, x: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
         """The source's maps [B, C, h, w] by stage; for each pair shares [B, C] and strength [B]."""
-        maps: dict[str, Tensor] = {}
-        with torch.no_grad():
-            across = self.source.view(x)
-            for k, stage in enumerate(self._theirs.boundaries):
-                across = self._theirs.run(k, across)
-                maps[stage.name] = to_map(stage, across, norm_tokens=self.norm_tokens)
+        maps = self._source_maps(x)
+        if "spread" in self.memory:
+            maps = {
+                stage: seen / by
+                for (stage, seen), by in zip(maps.items(), self.memory["spread"].to(x.dtype), strict=True)
+            }
         with torch.autocast(x.device.type, enabled=False):
             both = zip(self.choosers, self.pairs, strict=True)
             return maps, [each for choose, (m, _) in both for each in choose(maps[m.name].mean((2, 3)))]
+
+    @torch.no_grad()
+    def _source_maps(self, x: Tensor) -> dict[str, Tensor]:
+        maps: dict[str, Tensor] = {}
+        across = self.source.view(x)
+        for k, stage in enumerate(self._theirs.boundaries):
+            across = self._theirs.run(k, across)
+            maps[stage.name] = to_map(stage, across, norm_tokens=self.norm_tokens)
+        return maps
 
     def _student(self) -> Student:
         stages = [n for _, n in self.pairs]
@@ -282,6 +305,14 @@ class Transfer(Method):
         batches += batches.new_tensor([1, turn and self.T > 0, 0])
 
     def _begin(self, data: Data) -> None:
+        if self.norm_maps and self.beta > 0:
+            found = [Spread() for _ in self._theirs.boundaries]
+            for x, _ in data.plain:
+                for spread, seen in zip(found, self._source_maps(x).values(), strict=True):
+                    spread.see(seen)
+            self.memory["spread"] = torch.stack([each.value for each in found])
+        if not self._learns:
+            return
         self.memory["chosen"] = torch.zeros(len(self.pairs), len(_SHOWN) + 1)
         self.memory["batches"] = torch.zeros(3, dtype=torch.int64)  # all, looked ahead at, of these in vain
 
