@@ -81,3 +81,9 @@ def test_copies_and_casts() -> None:
 def test_any_name_will_do_or_is_refused_clearly(name: str) -> None:
     with pytest.raises(KeyError):
         Memory()[name] = torch.zeros(1)
+
+
+def test_what_was_not_measured_may_be_asked_for() -> None:
+    memory = filled()
+    assert memory.get("scores") is memory["scores"]
+    assert memory.get("norms") is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from headstart.errors import MethodError
 from headstart.parts.segments import Boundary, Segments
+from headstart.parts.spread import Spread
 
 ALIKE = 1.25  # strides within this factor are taken as equal: 14 and 16
 PER_STRIDE = 4  # taps of one network at one stride: of a plain transformer's blocks, four
@@ -154,6 +155,31 @@ def to_map(stage: Boundary, x: Tensor, *, norm_tokens: bool) -> Tensor:
     return made
 
 
+def maps_of(chain: Segments, x: Tensor, *, norm_tokens: bool) -> dict[str, Tensor]:
+    """The map [B, C, h, w] behind each stage, by its name; nothing above the last is run."""
+    maps: dict[str, Tensor] = {}
+    for k, stage in enumerate(chain.boundaries):
+        x = chain.run(k, x)
+        maps[stage.name] = to_map(stage, x, norm_tokens=norm_tokens)
+    return maps
+
+
+@torch.no_grad()
+def spreads(chain: Segments, pictures: Iterable[Tensor], *, norm_tokens: bool) -> Tensor:
+    """How far the maps behind each stage vary over pictures, in evaluation mode: [stages]."""
+    found = [Spread() for _ in chain.boundaries]
+    learning = [module for module in chain.net.modules() if module.training]
+    chain.net.eval()
+    try:
+        for x in pictures:
+            for spread, seen in zip(found, maps_of(chain, x, norm_tokens=norm_tokens).values(), strict=True):
+                spread.see(seen)
+    finally:
+        for module in learning:
+            module.training = True
+    return torch.stack([each.value for each in found])
+
+
 class Student(nn.Module):
     """A network and the regressors on its stages as one module, so that all weights can be put in its place.
 
@@ -162,12 +188,20 @@ class Student(nn.Module):
         regressors: one per pair, from our channels to the source's.
         stages: one per pair, the stage it starts from.
         norm_tokens: see `to_map`.
+        spread: what the map behind each stage of the chain is divided by, [stages]; None: as they are.
     """
 
     def __init__(
-        self, chain: Segments, regressors: nn.ModuleList, stages: Sequence[Boundary], *, norm_tokens: bool
+        self,
+        chain: Segments,
+        regressors: nn.ModuleList,
+        stages: Sequence[Boundary],
+        *,
+        norm_tokens: bool,
+        spread: Tensor | None = None,
     ) -> None:
         super().__init__()
+        self.spread = spread
         self.net, self.regressors = chain.net, regressors
         self.chain, self.stages, self.norm_tokens = chain, stages, norm_tokens
 
@@ -177,7 +211,8 @@ class Student(nn.Module):
         for k, stage in enumerate(self.chain.boundaries):
             x = self.chain.run(k, x)
             if match:
-                maps[stage.name] = to_map(stage, x, norm_tokens=self.norm_tokens)
+                seen = to_map(stage, x, norm_tokens=self.norm_tokens)
+                maps[stage.name] = seen if self.spread is None else seen / self.spread[k].to(seen.dtype)
         if task:
             x = self.chain.run(len(self.chain.boundaries), x)
         if not match:

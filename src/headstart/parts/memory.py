@@ -22,6 +22,10 @@ class Memory(nn.Module):
             )
         return self.get_buffer(name)
 
+    def get(self, name: str) -> Tensor | None:
+        """What was measured under this name; None where nothing was."""
+        return self._buffers.get(name)
+
     def __setitem__(self, name: str, value: Tensor) -> None:
         self._buffers.pop(name, None)
         self.register_buffer(name, value.detach().clone())

@@ -24,6 +24,7 @@ Differs from the paper (where its text could not be checked, from the official c
   "probe" first solves a linear head for the task on the source's frozen features and distils what that says.
 - the hint loss is a mean over channels and positions, so that it bears any recipe's rates; reduction="sum"
   sums over them.
+- u and v are divided by their spreads (`norm_maps`; not with the presets), which bears any two networks.
 - r is a 1×1 convolution, or nothing where the channels are as many (as in the code), and the larger map is
   averaged down to the size of the smaller. The code's r is a convolution as large as the sizes differ, ends
   in the hint layer's non-linearity, starts at U(-0.05, 0.05) and has bounded kernels.
@@ -52,6 +53,7 @@ from headstart.parts.features import features
 from headstart.parts.head import find_head
 from headstart.parts.kernels import is_kernel
 from headstart.parts.logistic import solve
+from headstart.parts.matching import spreads
 from headstart.parts.regressor import (
     RegressorName,
     common_size,
@@ -61,7 +63,6 @@ from headstart.parts.regressor import (
 )
 from headstart.parts.segments import Segments, pairs, segments
 from headstart.parts.space import Among, Between
-from headstart.parts.spread import Spread
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -77,8 +78,8 @@ class FitNets(Method):
         pair: guided and hint layer by name, as in "layer2,blocks.2". Empty: the middle one of the pairs with
             equal strides.
         beta: β, weight of the hint. 0.5: L2T-ww's weight of matched features (RepDistiller: 100).
-        norm_maps: divide the source's map by its spread over the training pictures, one number, so that β
-            means the same whatever the source. Off: as in the paper.
+        norm_maps: divide the maps of both networks by their spread over the training pictures before the
+            first step, so that β means the same whatever the networks. On: ours.
         reduction: "mean" over channels and positions (ours), or their "sum", as the loss is usually written.
         hint_share: share of the epochs that goes to the hint. 0.3: ours.
         kd: whose answers are distilled: the source's own "logits", or those of a linear "probe" that is
@@ -108,6 +109,7 @@ class FitNets(Method):
                 "mode": "staged",
                 "beta": 0.5,
                 "reduction": "sum",
+                "norm_maps": False,
                 "hint_share": 0.5,
                 "temperature": 3.0,
                 "lam": 4.0,
@@ -132,7 +134,14 @@ class FitNets(Method):
         "repdistiller": Preset(
             "RepDistiller's script: joint, 100 × the mean; it divides the rate at 150, 180 and 210 of 240 "
             "epochs, this at two thirds",
-            hyper={"mode": "joint", "regressor": "conv+bn+relu", "beta": 100.0, "kd": "none", "head_lr": 1.0},
+            hyper={
+                "mode": "joint",
+                "regressor": "conv+bn+relu",
+                "beta": 100.0,
+                "norm_maps": False,
+                "kd": "none",
+                "head_lr": 1.0,
+            },
             recipe={
                 "optimizer": "sgd",
                 "lr": 0.05,
@@ -157,7 +166,7 @@ class FitNets(Method):
         regressor: RegressorName = "auto",
         pair: str = "",
         beta: Annotated[NonNegativeFloat, Between(0.05, 50.0, log=True, off=0.0)] = 0.5,
-        norm_maps: bool = False,
+        norm_maps: bool = True,
         reduction: Literal["mean", "sum"] = "mean",
         hint_share: Annotated[Share, Among(0.1, 0.3, 0.5, off=0.0)] = 0.3,
         kd: Annotated[Literal["auto", "logits", "probe", "none"], Among("auto", "none", off="none")] = "auto",
@@ -237,8 +246,9 @@ class FitNets(Method):
 
     def _hint_loss(self, middle: Tensor, theirs: Tensor) -> Tensor:
         v, u = self._ours.boundaries[0].to_map(middle), self._theirs.boundaries[0].to_map(theirs)
-        if "spread" in self.memory:
-            u = u / self.memory["spread"].to(u.dtype)
+        if "their_spread" in self.memory:
+            v = v / self.memory["our_spread"].to(v.dtype)
+            u = u / self.memory["their_spread"].to(u.dtype)
         size = common_size(v, u)
         gap = squared_distance(resized(u, size), self.regressor(resized(v, size)))  # [B, C, h, w]
         return self.beta * (gap.mean() if self.reduction == "mean" else gap.sum() / len(gap))
@@ -296,13 +306,11 @@ class FitNets(Method):
             self.memory["head_C"] = torch.tensor(head.C)
 
     def _measure(self, data: Data) -> None:
-        """How far the hint varies, which is what its distance is counted in."""
-        if not self.norm_maps or self.beta == 0 or self._alone:
-            return
-        spread = Spread()
-        for x, _ in data.plain:
-            spread.see(self._theirs.boundaries[0].to_map(self._to_hint(x)))
-        self.memory["spread"] = spread.value
+        """How far both maps vary before the first step, which is what they are counted in."""
+        if self.norm_maps and self.beta > 0 and not self._alone:
+            views = (self.source.view(x) for x, _ in data.plain)
+            self.memory["their_spread"] = spreads(self._theirs, views, norm_tokens=False)
+            self.memory["our_spread"] = spreads(self._ours, (x for x, _ in data.plain), norm_tokens=False)
 
     def _features(self, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
         return features(self.source.net, self._source_head, ((self.source.view(x), y) for x, y in batches))

@@ -31,6 +31,8 @@ Paper: Jang, Lee, Hwang, Shin, "Learning What and Where to Transfer", ICML 2019,
 Official code: alinlab/L2T-ww.
 
 Differs from the paper, of which the official code is taken as the full statement:
+- S^m and T^n are divided by their spreads (`norm_maps`; not with preset `paper`). Those of EfficientNet-lite0
+  are so large that its own training with the code's β = 0.5 ended in nan at the sixth step.
 - stages are found in any network, and "all" pairs have strides within a factor of 4; with preset `paper` they
   are the code's 16 for two ResNets. Maps of tokens are normalised at each position (`norm_tokens`).
 - BatchNorm's running statistics see no virtual step; in the code the first one leaks in, as with parity=true.
@@ -56,10 +58,18 @@ from torch.optim import Adam, Optimizer
 from headstart.errors import MethodError, TrainingError
 from headstart.method import Batch, Data, Group, Loss, Method, Phase, Preset, Room
 from headstart.parts.lookahead import Path, apart, averaged, derivative, look_ahead, norm, planted, said_with
-from headstart.parts.matching import Chooser, Student, candidates, evenness, mismatch, to_map, to_size
+from headstart.parts.matching import (
+    Chooser,
+    Student,
+    candidates,
+    evenness,
+    maps_of,
+    mismatch,
+    spreads,
+    to_size,
+)
 from headstart.parts.segments import segments
 from headstart.parts.space import Between
-from headstart.parts.spread import Spread
 
 _SHOWN = (
     "lambda",
@@ -85,9 +95,8 @@ class Transfer(Method):
         every: look ahead at every so many batches only. 1: official code; more is cheaper, and φ slower.
         replay: run the steps again on the way back instead of holding their graphs: less memory, more time.
         parity: let BatchNorm's running statistics see the first step ahead, as in the official code.
-        norm_maps: divide the source's maps by their spread over the training pictures, a number for each
-            stage, so that β means the same whatever the source: EfficientNet-lite0's maps vary by far more
-            than a ResNet's. Off: official code.
+        norm_maps: divide the maps of both networks by their spread over the training pictures before the
+            first step, a number for each stage, so that β means the same whatever the networks. On: ours.
         norm_tokens: normalise maps made of tokens over their channels, at each position. On: ours.
         decay: what the run's weight decay is for: "kernels", or "all" (official code).
         head_lr: rate of head and regressors, × the run's. 1: official code.
@@ -106,6 +115,7 @@ class Transfer(Method):
                 "T": 2,
                 "beta": 0.5,
                 "reach": 8.0,
+                "norm_maps": False,
                 "decay": "all",
                 "head_lr": 1.0,
             },
@@ -139,7 +149,7 @@ class Transfer(Method):
         every: PositiveInt = 1,
         replay: bool = False,
         parity: bool = False,
-        norm_maps: bool = False,
+        norm_maps: bool = True,
         norm_tokens: bool = True,
         decay: Literal["kernels", "all"] = "kernels",
         head_lr: NonNegativeFloat = 1.0,
@@ -224,28 +234,19 @@ class Transfer(Method):
 
     def _source_says(self, x: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
         """The source's maps [B, C, h, w] by stage; for each pair shares [B, C] and strength [B]."""
-        maps = self._source_maps(x)
-        if "spread" in self.memory:
-            maps = {
-                stage: seen / by
-                for (stage, seen), by in zip(maps.items(), self.memory["spread"].to(x.dtype), strict=True)
-            }
+        with torch.no_grad():
+            maps = maps_of(self._theirs, self.source.view(x), norm_tokens=self.norm_tokens)
+        if "their_spread" in self.memory:
+            spread = self.memory["their_spread"].to(x.dtype)
+            maps = {stage: seen / by for (stage, seen), by in zip(maps.items(), spread, strict=True)}
         with torch.autocast(x.device.type, enabled=False):
             both = zip(self.choosers, self.pairs, strict=True)
             return maps, [each for choose, (m, _) in both for each in choose(maps[m.name].mean((2, 3)))]
 
-    @torch.no_grad()
-    def _source_maps(self, x: Tensor) -> dict[str, Tensor]:
-        maps: dict[str, Tensor] = {}
-        across = self.source.view(x)
-        for k, stage in enumerate(self._theirs.boundaries):
-            across = self._theirs.run(k, across)
-            maps[stage.name] = to_map(stage, across, norm_tokens=self.norm_tokens)
-        return maps
-
     def _student(self) -> Student:
         stages = [n for _, n in self.pairs]
-        return Student(self._ours, self.regressors, stages, norm_tokens=self.norm_tokens)
+        spread = self.memory.get("our_spread")
+        return Student(self._ours, self.regressors, stages, norm_tokens=self.norm_tokens, spread=spread)
 
     def _theta(self) -> list[nn.Parameter]:
         return [each for each in self._student().parameters() if each.requires_grad]
@@ -306,11 +307,11 @@ class Transfer(Method):
 
     def _begin(self, data: Data) -> None:
         if self.norm_maps and self.beta > 0:
-            found = [Spread() for _ in self._theirs.boundaries]
-            for x, _ in data.plain:
-                for spread, seen in zip(found, self._source_maps(x).values(), strict=True):
-                    spread.see(seen)
-            self.memory["spread"] = torch.stack([each.value for each in found])
+            views = (self.source.view(x) for x, _ in data.plain)
+            self.memory["their_spread"] = spreads(self._theirs, views, norm_tokens=self.norm_tokens)
+            self.memory["our_spread"] = spreads(
+                self._ours, (x for x, _ in data.plain), norm_tokens=self.norm_tokens
+            )
         if not self._learns:
             return
         self.memory["chosen"] = torch.zeros(len(self.pairs), len(_SHOWN) + 1)
