@@ -94,3 +94,10 @@ def test_targets_are_hyper_parameters_with_flags_of_their_own() -> None:
     assert seen == {"flags": {}, "sets": ["rounds=2", "flops=0.5"]}
     command(**none)
     assert seen["sets"] is None
+
+
+def test_several_values_are_shown_as_they_are_given(app: typer.Typer) -> None:
+    shown = " ".join(CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output.split())
+    assert "--split <float> <float> <float>" in shown
+    assert CliRunner().invoke(app, ["photos", "--split", "0.5", "0.2", "0.3"]).exit_code == 0
+    assert seen["flags"] == {"split": (0.5, 0.2, 0.3)}

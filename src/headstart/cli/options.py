@@ -150,7 +150,7 @@ def _flag(name: str, panel: str) -> inspect.Parameter:
     """One field as a flag that is None unless it is given."""
     field = Run.model_fields[name]
     kind, metavar = _kind(field)
-    choices = metavar.split("|") if metavar else []
+    choices = metavar.split("|") if kind is str and metavar else []
     option = typer.Option(
         metavar=metavar,
         help=_help(name, field),
@@ -174,12 +174,14 @@ def _target(name: str, about: str) -> inspect.Parameter:
 
 
 def _kind(field: FieldInfo) -> tuple[Any, str | None]:
-    """The type of a flag and, where the values are few, their names; the record itself checks them."""
+    """The type of a flag and how its value is written; few values by their names. The record checks them."""
     kind: Any = field.annotation
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
         kind = next(each for each in typing.get_args(kind) if each is not type(None))
     if typing.get_origin(kind) is Literal:
         return str, "|".join(typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:  # typer joins them with commas, and then takes none
+        return kind, " ".join(f"<{each.__name__}>" for each in typing.get_args(kind))
     return kind, None
 
 
