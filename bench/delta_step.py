@@ -26,9 +26,9 @@ import timm
 import torch
 
 import measurement
+import one_step
 from headstart import registry
 from headstart.method import Method
-from headstart.nets.recipe import recipe
 from headstart.training.machine import Machine
 from measurement import Check, median
 
@@ -61,54 +61,14 @@ def weigh_at_random(method: Any) -> None:
 def stepper(name: str, architecture: str, machine: Machine, x: torch.Tensor) -> Callable[[], None]:
     """One training step of a method, ready to be called."""
     method = built(name, architecture, x)
-    chosen = recipe(method.net, train_size=PICTURES, batch_size=BATCH)
     method.norm = "train"
-    method.criterion = torch.nn.CrossEntropyLoss(label_smoothing=chosen.label_smoothing)
-    machine.place(method)
-    y = torch.arange(len(x)) % CLASSES
-    phase = next(iter(method.phases(1, [(x, y)])))
-    optimizer = machine.optimizer(phase, chosen)
-    for group in optimizer.param_groups:
-        group["lr"] *= 1e-3  # random weights on random pictures: keep every number finite
-    trained = machine.wrap(method)
-
-    def step() -> None:
-        loss = machine.step(trained, optimizer, x, y, clip=chosen.clip)
-        if not loss.total.isfinite():
-            raise RuntimeError(f"The loss of {name} on {architecture} is {float(loss.total)}.")
-
-    return step
-
-
-def take_turns(steps: Mapping[str, Callable[[], None]], turns: int) -> dict[str, list[float]]:
-    """Seconds of each step, run in turns; who goes first changes every time."""
-    names = list(steps)
-    took: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(-2, turns):  # two to warm up
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            start = time.perf_counter()
-            steps[name]()
-            if turn >= 0:
-                took[name].append(time.perf_counter() - start)
-    return took
+    what = f"{name} on {architecture}"
+    return one_step.ready(method, what, machine, x, classes=CLASSES, pictures=PICTURES, batch=BATCH)
 
 
 def kept_for_backward(name: str, architecture: str, x: torch.Tensor) -> float:
     """MiB that the graph of one step holds."""
-    method = built(name, architecture, x).train()
-    weights = {p.untyped_storage().data_ptr() for p in method.parameters()}
-    held: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            held[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = method(x, torch.arange(len(x)) % CLASSES)
-    assert loss.total.requires_grad  # the graph is alive, so no storage was used twice
-    return sum(held.values()) / 2**20
+    return one_step.kept_for_backward(built(name, architecture, x), x, classes=CLASSES)
 
 
 def main() -> int:
@@ -133,7 +93,7 @@ def main() -> int:
             # Built anew, in turns: where the memory of a network happens to lie moves its time by per cents.
             names = ["full", *FORMS] if i % 2 else [*FORMS, "full"]
             steps = {name: stepper(name, architecture, machine, x) for name in names}
-            for name, times in take_turns(steps, turns).items():
+            for name, times in measurement.take_turns(steps, turns).items():
                 took.setdefault(name, []).append(times)
         ratios = {
             name: [median(slow) / median(fast) for slow, fast in zip(took[name], took["full"], strict=True)]

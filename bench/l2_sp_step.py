@@ -13,12 +13,13 @@ medians of its steps. The number is the median over the rounds.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import timm
 import torch
 
 import measurement
+import one_step
 from headstart import registry
 from headstart.nets.recipe import recipe
 from headstart.training.machine import Machine
@@ -36,36 +37,9 @@ def stepper(name: str, architecture: str, machine: Machine, x: torch.Tensor) -> 
     hyper = {} if name == "full" else {"variant": name}
     cls = registry.get("full" if name == "full" else "l2-sp")
     method = cls(timm.create_model(architecture), CLASSES, **hyper)
-    chosen = recipe(method.net, train_size=PICTURES, batch_size=BATCH)
-    method.norm = chosen.norm
-    method.criterion = torch.nn.CrossEntropyLoss(label_smoothing=chosen.label_smoothing)
-    machine.place(method)
-    y = torch.arange(len(x)) % CLASSES
-    phase = next(iter(method.phases(1, [(x, y)])))
-    optimizer = machine.optimizer(phase, chosen)
-    for group in optimizer.param_groups:
-        group["lr"] *= 1e-3  # random weights on random pictures: keep every number finite
-    trained = machine.wrap(method)
-
-    def step() -> None:
-        loss = machine.step(trained, optimizer, x, y, clip=chosen.clip)
-        if not loss.total.isfinite():
-            raise RuntimeError(f"The loss of {name} on {architecture} is {float(loss.total)}.")
-
-    return step
-
-
-def take_turns(steps: Mapping[str, Callable[[], None]], turns: int) -> dict[str, list[float]]:
-    """Seconds of each step, run in turns; who goes first changes every time."""
-    names = list(steps)
-    took: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(-2, turns):  # two to warm up
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            start = time.perf_counter()
-            steps[name]()
-            if turn >= 0:
-                took[name].append(time.perf_counter() - start)
-    return took
+    method.norm = recipe(method.net, train_size=PICTURES, batch_size=BATCH).norm
+    what = f"{name} on {architecture}"
+    return one_step.ready(method, what, machine, x, classes=CLASSES, pictures=PICTURES, batch=BATCH)
 
 
 def main() -> int:
@@ -90,7 +64,11 @@ def main() -> int:
             # cent (two copies of `full` differ as much), and that must not always hit the same one.
             first = i % len(names)
             order = names[first:] + names[:first]
-            took.append(take_turns({name: stepper(name, architecture, machine, x) for name in order}, turns))
+            took.append(
+                measurement.take_turns(
+                    {name: stepper(name, architecture, machine, x) for name in order}, turns
+                )
+            )
         details[shown] = {
             "turns_per_round": turns,
             "channels_last": machine.channels_last,

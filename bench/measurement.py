@@ -10,7 +10,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -81,6 +81,19 @@ def alternate(
             start = time.perf_counter()
             run()
             times.append(time.perf_counter() - start)
+    return took
+
+
+def take_turns(steps: Mapping[str, Callable[[], Any]], turns: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of each of several, run in turns; who goes first changes every time."""
+    names = list(steps)
+    took: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(-warmup, turns):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            start = time.perf_counter()
+            steps[name]()
+            if turn >= 0:
+                took[name].append(time.perf_counter() - start)
     return took
 
 
