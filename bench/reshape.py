@@ -20,19 +20,14 @@ pictures that are used here.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 import measurement
+import pieces
 import route
 from headstart.comparison.statistics import Answers, Resampled
 from headstart.methods.reshape.transtailor import TransTailor
@@ -40,7 +35,7 @@ from headstart.records import Run
 from headstart.training.job import Prepared, build, prepare
 from headstart.training.loop import fit
 from headstart.training.machine import Machine, Placed
-from measurement import DATA, HERE, RESULTS, Check
+from measurement import DATA, RESULTS, Check
 
 SETS = ("clipart", "fashion")
 SHARES = (0.8, 0.6, 0.4)
@@ -50,14 +45,11 @@ COLOURS = {"taylor": "#1b6ca8", "magnitude": "#d1495b", "random": "#8d8d8d", "un
 
 def main() -> int:
     parser = measurement.arguments(__doc__)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    pieces.arguments(parser, DATA / "reshape")
     parser.add_argument("--set", nargs="*", default=list(SETS), choices=SETS, dest="sets")
     parser.add_argument("--only", nargs="*", default=["full", *WAYS], choices=["full", *WAYS])
     parser.add_argument("--shares", type=float, nargs="*", default=list(SHARES))
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--jobs", type=int, help="pieces at a time; else 1 on the CPU, up to 6 on a GPU")
-    parser.add_argument("--out", type=Path, default=DATA / "reshape", help="goes on where it was")
-    parser.add_argument("--piece", help=argparse.SUPPRESS)  # what a process of its own is told
     options = parser.parse_args()
     if options.quick:
         options.out, options.epochs = options.out.with_name(f"{options.out.name}-quick"), 2
@@ -68,16 +60,13 @@ def main() -> int:
         return 0
     here = measurement.begin("reshape")
     start = time.perf_counter()
-    if options.jobs is None:
-        options.jobs = min(6, max(1, (os.cpu_count() or 2) // 2)) if torch.cuda.is_available() else 1
-    pieces = [(name, seed) for name in options.sets for seed in options.seeds]
-    for name, seed in pieces:
+    several = [(name, seed) for name in options.sets for seed in options.seeds]
+    for name, seed in several:
         route.data_of(name, seed, options)  # here, one after the other: what is shared is made once
-    with ThreadPoolExecutor(options.jobs) as several:
-        list(several.map(lambda piece: _start_piece(*piece, options), pieces))
+    pieces.run("reshape.py", several, options, "--shares", *map(str, options.shares))
     checks, details = [], {}
     for name in options.sets:
-        found = {seed: _kept(_path(options, name, seed)) for seed in options.seeds}
+        found = {seed: pieces.kept(options, name, seed) for seed in options.seeds}
         details[name] = _summary(name, {seed: each for seed, each in found.items() if each})
         checks += _judged(name, details[name])
     if not options.quick:
@@ -99,23 +88,10 @@ def main() -> int:
 # ---------------------------------------------------------------------- a piece: one seed of one task
 
 
-def _start_piece(name: str, seed: int, options: argparse.Namespace) -> None:
-    out = options.out.with_name(options.out.name.removesuffix("-quick")) if options.quick else options.out
-    passed = ["--piece", f"{name}:{seed}", "--out", str(out), "--epochs", str(options.epochs)]
-    passed += ["--only", *options.only, "--shares", *map(str, options.shares)]
-    if options.data is not None:
-        passed += ["--data", str(options.data.resolve())]
-    if options.quick:
-        passed += ["--quick"]
-    threads = {} if options.jobs == 1 else {"OMP_NUM_THREADS": "2"}
-    subprocess.run([sys.executable, str(HERE / "reshape.py"), *passed], check=True, env=os.environ | threads)
-
-
 def _run_piece(options: argparse.Namespace) -> None:
     """Train and score what was asked for and is not there yet; each run is kept as soon as it is done."""
-    name, _, number = options.piece.partition(":")
-    seed, path = int(number), _path(options, name, int(number))
-    found = _kept(path)
+    name, seed = pieces.asked(options)
+    found = pieces.kept(options, name, seed)
     machine, prepared = Machine("auto"), None
     arms: list[tuple[str, float]] = [("full", 1.0)] if "full" in options.only else []
     arms += [(way, share) for share in options.shares for way in options.only if way != "full"]
@@ -142,8 +118,7 @@ def _run_piece(options: argparse.Namespace) -> None:
         print(
             f"  {name} seed {seed} {label}: {accuracy:.3f}  {time.perf_counter() - start:.0f} s", flush=True
         )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found), encoding="utf-8")
+        pieces.keep(options, name, seed, found)
 
 
 def _arm(prepared: Prepared, machine: Machine) -> dict[str, Any]:
@@ -179,16 +154,6 @@ def _arm(prepared: Prepared, machine: Machine) -> dict[str, Any]:
 
 def _label(way: str, share: float) -> str:
     return "full" if way == "full" else f"{way} {share:.0%}"
-
-
-def _path(options: argparse.Namespace, name: str, seed: int) -> Path:
-    out: Path = options.out / f"{name}-{options.epochs}-epochs-seed-{seed}.json"
-    return out
-
-
-def _kept(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found
 
 
 # ---------------------------------------------------------------------- all pieces together

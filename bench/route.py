@@ -30,15 +30,11 @@ A piece is one seed of one task. Pieces run `--jobs` at a time, in processes of 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +45,7 @@ from torch import Tensor
 import clipart
 import headstart
 import measurement
+import pieces
 from headstart.comparison.statistics import Answers, Resampled
 from headstart.data.catalogue import fetch
 from headstart.method import Method
@@ -59,7 +56,7 @@ from headstart.records import Run
 from headstart.training.job import Prepared, build, prepare
 from headstart.training.loop import fit
 from headstart.training.machine import Machine, Placed
-from measurement import DATA, HERE, Check
+from measurement import DATA, Check
 
 SETS = {"clipart": 128, "fashion": 96, "resnet": 96}  # and the size of the pictures
 SOURCE_CLASSES = ("bag", "coat", "sandal", "shirt", "trouser")  # what the resnet has learnt before
@@ -81,14 +78,11 @@ JUDGED = [pair for pair in AGAINST if pair[1].endswith((", shuffled", ", random"
 
 def main() -> int:
     parser = measurement.arguments(__doc__)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    pieces.arguments(parser, DATA / "route")
     parser.add_argument("--set", nargs="*", default=list(SETS), choices=list(SETS), dest="sets")
     parser.add_argument("--only", nargs="*", default=list(ARMS), choices=list(ARMS), help="of the trained")
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--jobs", type=int, help="pieces at a time; else 1 on the CPU, up to 6 on a GPU")
     parser.add_argument("--prepare", action="store_true", help="only lay the pictures out under bench/data")
-    parser.add_argument("--out", type=Path, default=DATA / "route", help="goes on where it was")
-    parser.add_argument("--piece", help=argparse.SUPPRESS)  # what a process of its own is told
     options = parser.parse_args()
     if options.quick:
         options.out, options.epochs = options.out.with_name(f"{options.out.name}-quick"), 1
@@ -98,20 +92,17 @@ def main() -> int:
         return 0
     here = measurement.begin("route")
     start = time.perf_counter()
-    if options.jobs is None:
-        options.jobs = min(6, max(1, (os.cpu_count() or 2) // 2)) if torch.cuda.is_available() else 1
-    pieces = [(name, seed) for name in options.sets for seed in options.seeds]
-    for name, seed in [*pieces, *([("resnet-source", 99)] if "resnet" in options.sets else [])]:
+    several = [(name, seed) for name in options.sets for seed in options.seeds]
+    for name, seed in [*several, *([("resnet-source", 99)] if "resnet" in options.sets else [])]:
         data_of(name, seed, options)  # here, one after the other: what is shared is made once
     if options.prepare:
         return 0
     if "resnet" in options.sets:
         resnet(options)
-    with ThreadPoolExecutor(options.jobs) as several:
-        list(several.map(lambda piece: _start_piece(*piece, options), pieces))
+    pieces.run("route.py", several, options)
     checks, details = [], {}
     for name in options.sets:
-        found = {seed: _kept(_path(options, name, seed)) for seed in options.seeds}
+        found = {seed: pieces.kept(options, name, seed) for seed in options.seeds}
         details[name] = _summary(name, {seed: each for seed, each in found.items() if each})
         checks += _judged(name, details[name])
     details |= {"epochs": options.epochs, "seconds": round(time.perf_counter() - start, 1)}
@@ -205,23 +196,10 @@ def _drawn(
 # ---------------------------------------------------------------------- a piece: one seed of one task
 
 
-def _start_piece(name: str, seed: int, options: argparse.Namespace) -> None:
-    passed = ["--piece", f"{name}:{seed}", "--out", str(options.out), "--epochs", str(options.epochs)]
-    passed += ["--only", *options.only]
-    if options.data is not None:
-        passed += ["--data", str(options.data.resolve())]
-    if options.quick:
-        passed[3] = str(options.out.with_name(options.out.name.removesuffix("-quick")))
-        passed += ["--quick"]
-    threads = {} if options.jobs == 1 else {"OMP_NUM_THREADS": "2"}
-    subprocess.run([sys.executable, str(HERE / "route.py"), *passed], check=True, env=os.environ | threads)
-
-
 def _run_piece(options: argparse.Namespace) -> None:
     """Train and score what was asked for and is not there yet; each arm is kept as soon as it is done."""
-    name, _, number = options.piece.partition(":")
-    seed, path = int(number), _path(options, name, int(number))
-    found = _kept(path)
+    name, seed = pieces.asked(options)
+    found = pieces.kept(options, name, seed)
     machine, prepared = Machine("auto"), None
     for arm in options.only:
         if arm in found:
@@ -245,18 +223,7 @@ def _run_piece(options: argparse.Namespace) -> None:
         found[arm] = _arm(prepared, machine)
         shown = {what: f"{np.mean(right):.3f}" for what, right in found[arm]["right"].items()}
         print(f"  {name} seed {seed} {arm}: {shown}  {time.perf_counter() - start:.0f} s", flush=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found), encoding="utf-8")
-
-
-def _path(options: argparse.Namespace, name: str, seed: int) -> Path:
-    out: Path = options.out / f"{name}-{options.epochs}-epochs-seed-{seed}.json"
-    return out
-
-
-def _kept(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found
+        pieces.keep(options, name, seed, found)
 
 
 def _arm(prepared: Prepared, machine: Machine) -> dict[str, Any]:
