@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -288,3 +289,10 @@ def test_json_keeps_names_readable(capsys: pytest.CaptureFixture[str]) -> None:
     outcome.show_json({"Kläranlage": Path("a")})
     said = capsys.readouterr().out
     assert "Kläranlage" in said and json.loads(said) == {"Kläranlage": "a"}
+
+
+def test_a_warning_says_what_is_wrong_and_not_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back afterwards
+    assert entry.main(["--version"]) == 0
+    said = warnings.formatwarning(UserWarning("tau means little"), UserWarning, __file__, 1)
+    assert said == "note: tau means little\n"

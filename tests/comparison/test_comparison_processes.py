@@ -12,13 +12,14 @@ import sys
 import textwrap
 import time
 from collections import Counter
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
 import pytest
 from quick import Quick
 
-from headstart.comparison import ledger
+from headstart.comparison import ledger, worker
 from headstart.comparison.crew import Task, attempt
 from headstart.comparison.processes import places
 from headstart.comparison.runner import compare
@@ -233,3 +234,11 @@ def test_real_runs_survive_kills(pictures: Path, tiny_model: Path, tmp_path: Pat
         return [{key: value for key, value in row.items() if key not in timed} for row in rows(folder)]
 
     assert told(out) == told(tmp_path / "whole")
+
+
+def test_a_workers_warning_reaches_the_person_as_a_line() -> None:
+    """Its standard error would run into the table of the one that leads."""
+    ours, its = Pipe()
+    told = worker.Told(its)
+    told.warned(UserWarning("tau means little"), UserWarning, __file__, 1)
+    assert ours.recv() == ("say", "note: tau means little")

@@ -10,6 +10,7 @@ import io
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -89,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     outcome.typed.set(tuple(given))
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that cannot be written is no reason to stop
         sys.stdout.reconfigure(errors="backslashreplace")
+    # What is wrong, and not where in headstart it was noticed. Recorders of warnings are not disturbed.
+    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     with outcome.terminated_like_interrupted():
         try:
             code = _run(given)

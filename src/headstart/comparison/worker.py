@@ -7,9 +7,10 @@ import queue
 import signal
 import sys
 import threading
+import warnings
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TextIO
 
 from headstart.comparison.crew import Ended, Executor, Prepared, Task, attempt, reason_of
 from headstart.errors import HeadstartError
@@ -25,6 +26,18 @@ class Told(Reporter):
     def say(self, text: str) -> None:
         """A line for a person."""
         self.line.send(("say", text))
+
+    def warned(
+        self,
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        """`warnings.showwarning`, for a person: what is wrong, and not where in headstart it was noticed."""
+        self.say(f"note: {message}")
 
     def epoch(self, record: dict[str, Any]) -> None:
         """An epoch is done."""
@@ -56,7 +69,9 @@ def serve(line: Connection) -> None:
         task = tasks.get()
         with suppress(BrokenPipeError):  # the listening thread ends us
             line.send(("begun", None))
-            ended, share = _do(executor, task, share, Told(line))
+            told = Told(line)
+            warnings.showwarning = told.warned
+            ended, share = _do(executor, task, share, told)
             line.send(("ended", (ended.reason, ended.trace)))
         assert held is None or not held.closed  # the lock is ours as long as we live
 
