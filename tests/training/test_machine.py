@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import json
 from pathlib import Path
 
@@ -111,3 +112,17 @@ def test_a_measured_layout_is_remembered_and_a_broken_note_does_no_harm(tmp_path
     notes.write_text("{broken")
     Machine("cpu").choose_layout(net, x, None, notes)
     assert list(json.loads(notes.read_text())) == [key]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="other allocators give it back")
+def test_what_an_earlier_run_freed_is_no_memory_of_this_one() -> None:
+    machine = Machine("cpu")
+    machine.start_memory()
+    before = machine.peak_memory_mb()
+    held = [torch.ones(2**14) for _ in range(4000)]  # 250 MiB in pieces that glibc keeps
+    pin = torch.ones(2**14)  # and that cannot be cut off at the end
+    del held
+    assert machine.peak_memory_mb() > before + 200
+    machine.start_memory()
+    assert machine.peak_memory_mb() < before + 100
+    del pin

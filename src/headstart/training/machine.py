@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
+import gc
 import hashlib
 import json
 import os
@@ -240,6 +242,7 @@ class Machine:
     def start_memory(self) -> None:
         """Begin to watch the peak."""
         self._peak = 0.0
+        _give_back()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self._note_memory()
@@ -256,6 +259,19 @@ class Machine:
         else:
             now = self._process.memory_info().rss
         self._peak = max(self._peak, now / 2**20)
+
+
+def _give_back() -> None:
+    """Return what was freed to the system.
+
+    glibc keeps it, so that in a process that does several runs the peak of one would be that of the largest
+    before it (measured: 4,138 MB for `full` after `l2t-ww`, 1,374 MB before).
+    """
+    gc.collect()
+    if os.name == "posix":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone
+        if trim is not None:
+            trim(0)
 
 
 class Placed:
