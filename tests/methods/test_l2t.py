@@ -357,12 +357,12 @@ def test_maps_are_divided_by_their_spread_over_the_training_pictures() -> None:
     method, _ = learnt_from_louder(40.0, beta=0.7, norm_maps=True)
     method.eval()
     x, y = batches(1)[0]
-    everything = torch.cat([x for x, _ in batches()])
     torch.manual_seed(0)
-    start = Small((3, 4, 5)).double().eval()  # our own spread is that of before the first step
+    start = Small((3, 4, 5)).double()  # our own spread is that of before the first step, while learning
 
     def spread(net: Any, n: int) -> Tensor:
-        return net.stages(everything)[n].var((0, 2, 3), unbiased=False).mean().sqrt()
+        seen = torch.cat([net.stages(x)[n] for x, _ in batches()])
+        return seen.var((0, 2, 3), unbiased=False).mean().sqrt()
 
     with torch.no_grad():
         theirs = method.source.net.stages(x)[2] / spread(method.source.net, 2)

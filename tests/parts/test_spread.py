@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from headstart.parts.spread import Spread
+from headstart.parts.spread import Spread, as_in_training
 
 
 def maps(*sizes: int) -> list[torch.Tensor]:
@@ -37,3 +38,18 @@ def test_maps_that_say_nothing_keep_their_scale() -> None:
     assert spread.value == 1
     spread.see(torch.full((2, 3, 4, 4), 7.0))
     assert spread.value == 1
+
+
+def test_looking_as_in_training_leaves_no_trace() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5)).eval()
+    net[1].weight.data.fill_(2.0)
+    before = {name: each.clone() for name, each in net.state_dict().items()}
+    x = torch.randn(6, 3, 8, 8)
+    drawn = torch.random.get_rng_state()
+    with as_in_training(net), torch.no_grad():
+        assert net.training and net[2].training
+        assert net[1](net[0](x)).std().item() == pytest.approx(2.0, rel=0.02)  # the batch's own statistics
+        net(x)
+    assert not any(module.training for module in net.modules())
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+    assert all(torch.equal(each, before[name]) for name, each in net.state_dict().items())

@@ -166,17 +166,11 @@ def maps_of(chain: Segments, x: Tensor, *, norm_tokens: bool) -> dict[str, Tenso
 
 @torch.no_grad()
 def spreads(chain: Segments, pictures: Iterable[Tensor], *, norm_tokens: bool) -> Tensor:
-    """How far the maps behind each stage vary over pictures, in evaluation mode: [stages]."""
+    """How far the maps behind each stage vary over pictures, in the mode that the network is in: [stages]."""
     found = [Spread() for _ in chain.boundaries]
-    learning = [module for module in chain.net.modules() if module.training]
-    chain.net.eval()
-    try:
-        for x in pictures:
-            for spread, seen in zip(found, maps_of(chain, x, norm_tokens=norm_tokens).values(), strict=True):
-                spread.see(seen)
-    finally:
-        for module in learning:
-            module.training = True
+    for x in pictures:
+        for spread, seen in zip(found, maps_of(chain, x, norm_tokens=norm_tokens).values(), strict=True):
+            spread.see(seen)
     return torch.stack([each.value for each in found])
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Spread:
@@ -33,3 +36,23 @@ class Spread:
             return torch.ones(())
         found = self._seen[2].mean().sqrt()
         return torch.where((found > 0) & found.isfinite(), found, torch.ones_like(found))
+
+
+@contextmanager
+def as_in_training(module: nn.Module) -> Iterator[None]:
+    """In the mode in which it will learn, and afterwards as if nothing had been run.
+
+    What a network with BatchNorm says in evaluation depends on statistics that may mean nothing yet.
+    """
+    modes = [(each, each.training) for each in module.modules()]
+    buffers = [(each, each.clone()) for each in module.buffers()]
+    devices = {each.device for each in module.parameters() if each.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=list(devices)):  # dropout draws
+            module.train()
+            yield
+    finally:
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        for each, mode in modes:
+            each.training = mode

@@ -63,6 +63,7 @@ from headstart.parts.regressor import (
 )
 from headstart.parts.segments import Segments, pairs, segments
 from headstart.parts.space import Among, Between
+from headstart.parts.spread import as_in_training
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -310,7 +311,10 @@ class FitNets(Method):
         if self.norm_maps and self.beta > 0 and not self._alone:
             views = (self.source.view(x) for x, _ in data.plain)
             self.memory["their_spread"] = spreads(self._theirs, views, norm_tokens=False)
-            self.memory["our_spread"] = spreads(self._ours, (x for x, _ in data.plain), norm_tokens=False)
+            several = (x for x, _ in data.plain if len(x) > 1)  # one picture has no statistics
+            with as_in_training(self):
+                spread = spreads(self._ours, several, norm_tokens=False)
+            self.memory["our_spread"] = spread
 
     def _features(self, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
         return features(self.source.net, self._source_head, ((self.source.view(x), y) for x, y in batches))

@@ -70,6 +70,7 @@ from headstart.parts.matching import (
 )
 from headstart.parts.segments import segments
 from headstart.parts.space import Between
+from headstart.parts.spread import as_in_training
 
 _SHOWN = (
     "lambda",
@@ -309,9 +310,10 @@ class Transfer(Method):
         if self.norm_maps and self.beta > 0:
             views = (self.source.view(x) for x, _ in data.plain)
             self.memory["their_spread"] = spreads(self._theirs, views, norm_tokens=self.norm_tokens)
-            self.memory["our_spread"] = spreads(
-                self._ours, (x for x, _ in data.plain), norm_tokens=self.norm_tokens
-            )
+            several = (x for x, _ in data.plain if len(x) > 1)  # one picture has no statistics
+            with as_in_training(self):
+                spread = spreads(self._ours, several, norm_tokens=self.norm_tokens)
+            self.memory["our_spread"] = spread
         if not self._learns:
             return
         self.memory["chosen"] = torch.zeros(len(self.pairs), len(_SHOWN) + 1)
