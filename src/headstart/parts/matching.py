@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from headstart.errors import MethodError
 from headstart.parts.segments import Boundary, Segments
-from headstart.parts.spread import Spread
+from headstart.parts.spread import Spread, as_in_training
 
 ALIKE = 1.25  # strides within this factor are taken as equal: 14 and 16
 PER_STRIDE = 4  # taps of one network at one stride: of a plain transformer's blocks, four
@@ -172,6 +172,15 @@ def spreads(chain: Segments, pictures: Iterable[Tensor], *, norm_tokens: bool) -
         for spread, seen in zip(found, maps_of(chain, x, norm_tokens=norm_tokens).values(), strict=True):
             spread.see(seen)
     return torch.stack([each.value for each in found])
+
+
+def spreads_of_ours(
+    method: nn.Module, chain: Segments, pictures: Iterable[Tensor], *, norm_tokens: bool
+) -> Tensor:
+    """`spreads` of the network that learns, as it is while learning; no trace is left in the method."""
+    several = (x for x in pictures if len(x) > 1)  # one picture has no statistics
+    with as_in_training(method):
+        return spreads(chain, several, norm_tokens=norm_tokens)
 
 
 class Student(nn.Module):

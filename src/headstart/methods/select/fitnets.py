@@ -53,7 +53,7 @@ from headstart.parts.features import features
 from headstart.parts.head import find_head
 from headstart.parts.kernels import is_kernel
 from headstart.parts.logistic import solve
-from headstart.parts.matching import spreads
+from headstart.parts.matching import spreads, spreads_of_ours
 from headstart.parts.regressor import (
     RegressorName,
     common_size,
@@ -63,7 +63,6 @@ from headstart.parts.regressor import (
 )
 from headstart.parts.segments import Segments, pairs, segments
 from headstart.parts.space import Among, Between
-from headstart.parts.spread import as_in_training
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -311,10 +310,8 @@ class FitNets(Method):
         if self.norm_maps and self.beta > 0 and not self._alone:
             views = (self.source.view(x) for x, _ in data.plain)
             self.memory["their_spread"] = spreads(self._theirs, views, norm_tokens=False)
-            several = (x for x, _ in data.plain if len(x) > 1)  # one picture has no statistics
-            with as_in_training(self):
-                spread = spreads(self._ours, several, norm_tokens=False)
-            self.memory["our_spread"] = spread
+            own = (x for x, _ in data.plain)
+            self.memory["our_spread"] = spreads_of_ours(self, self._ours, own, norm_tokens=False)
 
     def _features(self, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
         return features(self.source.net, self._source_head, ((self.source.view(x), y) for x, y in batches))

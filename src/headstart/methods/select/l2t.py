@@ -66,11 +66,11 @@ from headstart.parts.matching import (
     maps_of,
     mismatch,
     spreads,
+    spreads_of_ours,
     to_size,
 )
 from headstart.parts.segments import segments
 from headstart.parts.space import Between
-from headstart.parts.spread import as_in_training
 
 _SHOWN = (
     "lambda",
@@ -310,10 +310,8 @@ class Transfer(Method):
         if self.norm_maps and self.beta > 0:
             views = (self.source.view(x) for x, _ in data.plain)
             self.memory["their_spread"] = spreads(self._theirs, views, norm_tokens=self.norm_tokens)
-            several = (x for x, _ in data.plain if len(x) > 1)  # one picture has no statistics
-            with as_in_training(self):
-                spread = spreads(self._ours, several, norm_tokens=self.norm_tokens)
-            self.memory["our_spread"] = spread
+            own = (x for x, _ in data.plain)
+            self.memory["our_spread"] = spreads_of_ours(self, self._ours, own, norm_tokens=self.norm_tokens)
         if not self._learns:
             return
         self.memory["chosen"] = torch.zeros(len(self.pairs), len(_SHOWN) + 1)
