@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import os
+import pickle
+import shutil
 import socket
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from quick import Quick
 
+from headstart.comparison.crew import Here, Task
 from headstart.comparison.runner import compare
 from headstart.errors import ConfigError, Unreachable
+from headstart.records import Run
+from headstart.training.events import Reporter
 
 ray = pytest.importorskip("ray", reason="Ray is the extra 'cluster'")
 
@@ -139,13 +147,8 @@ def test_what_a_run_asks_of_a_machine() -> None:
 
 
 def test_pictures_can_be_sent_to_a_machine_without_the_files(pictures: Path, tmp_path: Path) -> None:
-    import pickle
-
-    import numpy as np
-
     from headstart.data.loader import load
     from headstart.data.transforms import Preprocess
-    from headstart.records import Run
 
     task = load(Run(data=str(pictures)), Preprocess(size=32), cache=tmp_path / "cache")
     assert task.pictures.where is not None
@@ -154,6 +157,71 @@ def test_pictures_can_be_sent_to_a_machine_without_the_files(pictures: Path, tmp
     index = task.split.index("val")
     assert np.array_equal(sent.plain(index), task.pictures.plain(index))
     assert np.array_equal(sent.large(index[0]), task.pictures.large(index[0]))
+
+
+@dataclass(frozen=True)
+class Parcel:
+    packed: bytes
+
+
+class Post:
+    """As much of Ray as a crew knows, in this process: what travels is pickled; who waits does the task."""
+
+    exceptions = SimpleNamespace(RayError=RuntimeError)
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": {"CPU": 2}}]
+
+    def put(self, what: Any) -> Parcel:
+        return Parcel(pickle.dumps(what))
+
+    def remote(self, function: Callable[..., Any]) -> Any:
+        def send(*given: Any) -> Callable[[], Any]:
+            sent = [each if isinstance(each, Parcel) else self.put(each) for each in given]
+            return lambda: function(*(pickle.loads(each.packed) for each in sent))
+
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=send))
+
+    def wait(self, refs: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        return refs[:1], refs[1:]
+
+    def get(self, ref: Callable[[], Any]) -> Any:
+        return pickle.loads(pickle.dumps(ref()))
+
+
+def test_the_machine_that_trains_needs_none_of_our_files(
+    pictures: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures, network and weights of classes: what was read here is what is learnt from there."""
+    from headstart.training.job import execute, prepare
+
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    weights = tmp_path / "weights.yaml"
+    weights.write_text("class_a: 4.0")
+    asked = {"model": str(model), "class_weights": str(weights), "epochs": 1, "batch_size": 8}
+    run = Run.asked(data=str(pictures), method="full", device="cpu", channels_last=False, **asked)
+    prepared = prepare(run, say=lambda _: None)
+    execute(prepared, tmp_path / "here")
+    crew = cluster.Cluster(
+        Here(), Reporter(), connection=cluster.Connection(Post(), ours=False), jobs=1, device="cpu"
+    )
+    crew.start(Task(run, prepared.name, tmp_path / "there"), prepared)
+    for gone in (pictures, model):
+        shutil.rmtree(gone)
+    weights.unlink()
+    monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "its cache"))
+    ended = crew.next(1.0)
+    assert ended is not None
+    assert ended.reason is None, ended.trace
+    assert same_answers(tmp_path / "here", tmp_path / "there")
+    # Places on this machine stay out of what is shipped, also where they cannot be looked up.
+    assert str(tmp_path) not in (tmp_path / "there" / "model" / "README.md").read_text()
+
+
+def same_answers(one: Path, other: Path) -> bool:
+    """To the bit."""
+    with np.load(one / "predictions.npz") as ours, np.load(other / "predictions.npz") as its:
+        return set(ours) == set(its) and all(np.array_equal(ours[name], its[name]) for name in ours)
 
 
 def test_the_environment_is_told_to_keep_quiet(monkeypatch: pytest.MonkeyPatch) -> None:

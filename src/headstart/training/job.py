@@ -69,6 +69,7 @@ class Prepared:
     batch_size: int
     fingerprints: Fingerprints
     key: str
+    told_weights: tuple[float, ...] | None = None  # of the classes, where a file says them
 
     @property
     def name(self) -> str:
@@ -85,6 +86,16 @@ class Prepared:
     def audited(self) -> dict[str, Any]:
         """What there is to know about the pictures; see `headstart.data.audit`."""
         return audit(self.task.table, self.task.pictures.facts).model_dump(mode="json")
+
+    @property
+    def class_weights(self) -> torch.Tensor | None:
+        """Weights of the classes in the loss: float32 [K], or None.
+
+        Those of a file were read when the run was prepared: the machine that trains it may not have the file.
+        """
+        if self.told_weights is not None:
+            return torch.tensor(self.told_weights, dtype=torch.float32)
+        return self.task.class_weights(self.run.class_weights)
 
     @cached_property
     def unfit(self) -> str | None:
@@ -166,8 +177,10 @@ def prepare(run: Run, *, share: Prepared | None = None, say: Callable[[str], Non
             + (", or --norm eval." if cls.keeps_statistics else f"; {run.method} cannot hold them.")
         )
     settled = {"hyper": hyper, "recipe": recipe.model_dump(), "batch_size": effective.batch_size}
+    told_weights = None
     if run.class_weights not in ("none", "auto") and weights is not None:
-        settled["class_weights"] = weights.tolist()  # a file that was changed asks for another run
+        told_weights = tuple(weights.tolist())
+        settled["class_weights"] = list(told_weights)  # a file that was changed asks for another run
     return Prepared(
         run=run,
         task=task,
@@ -183,6 +196,7 @@ def prepare(run: Run, *, share: Prepared | None = None, say: Callable[[str], Non
             source=source if learnt_from is None else f"{source} {learnt_from}",
             settled=settled,
         ),
+        told_weights=told_weights,
     )
 
 
@@ -202,7 +216,7 @@ def build(prepared: Prepared) -> Method:
     )
     method.norm = prepared.recipe.norm
     method.criterion = nn.CrossEntropyLoss(
-        task.class_weights(prepared.run.class_weights), label_smoothing=prepared.recipe.label_smoothing
+        prepared.class_weights, label_smoothing=prepared.recipe.label_smoothing
     )
     return method
 

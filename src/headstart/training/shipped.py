@@ -87,7 +87,9 @@ def _command(run: Run) -> str:
 
 def _without_place(name: str) -> str:
     """A model by its name, a file or folder by its last one: where it lies is nobody's business."""
-    return _shown(Path(name).name) if Path(name).expanduser().exists() else name
+    path = Path(name).expanduser()
+    # Where a run is trained for another machine, what is a place there need not exist here.
+    return _shown(path.name) if path.is_absolute() or path.exists() else name
 
 
 def _shown(name: str) -> str:
