@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from headstart.comparison.crew import Here
 from headstart.disk import write_json
 from headstart.records import Parameters, Recipe, Result, Run, Score
 from headstart.training.events import Reporter
@@ -112,3 +115,40 @@ class Quick:
         right = rng.random(N) < rate
         share = float(right.mean())
         return Score(n=N, accuracy=share, balanced_accuracy=share, macro_f1=share, log_loss=1 - share), right
+
+
+@dataclass(frozen=True)
+class Located(Quick):
+    """On a Ray cluster: its diary gets a line where a run begins and where it ends, and on which machine."""
+
+    diary: str = ""
+
+    def execute(
+        self, prepared: Any, folder: Path, *, resume: bool, overwrite: bool, reporter: Reporter
+    ) -> Result:
+        self._note("begins", prepared.name)
+        result = super().execute(prepared, folder, resume=resume, overwrite=overwrite, reporter=reporter)
+        self._note("ends", prepared.name)
+        return result
+
+    def _note(self, what: str, name: str) -> None:
+        import ray
+
+        with Path(self.diary).open("a") as file:
+            file.write(f"{what} {name} {ray.get_runtime_context().get_node_id()}\n")
+
+
+@dataclass(frozen=True)
+class Far(Here):
+    """Real runs on machines that have none of the files: they are gone where the first one is trained."""
+
+    prepared_at: int = field(default_factory=os.getpid)
+
+    def execute(
+        self, prepared: Any, folder: Path, *, resume: bool, overwrite: bool, reporter: Reporter
+    ) -> Result:
+        assert os.getpid() != self.prepared_at
+        assert prepared.task.pictures.where is None  # nothing is mapped from the disk of the one that leads
+        for gone in (prepared.run.data, prepared.run.model):
+            shutil.rmtree(gone, ignore_errors=True)  # what is prepared later shares what is in memory
+        return super().execute(prepared, folder, resume=resume, overwrite=overwrite, reporter=reporter)

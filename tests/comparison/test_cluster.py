@@ -6,10 +6,11 @@ import os
 import pickle
 import shutil
 import socket
-import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from quick import Quick
+from quick import Far, Located, Quick
 
 from headstart.comparison.crew import Here, Task
 from headstart.comparison.runner import compare
@@ -64,31 +65,68 @@ def machines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
 @pytest.mark.slow
 def test_a_lost_machine_costs_its_runs_alone(machines: Any, tmp_path: Path) -> None:
     compare("pictures", out=tmp_path / "whole", executor=Quick(), **ASKED)
-    out, log = tmp_path / "out", tmp_path / "log"
-    other = next(iter(machines.worker_nodes))
+    out, diary = tmp_path / "out", tmp_path / "diary"
+    diary.touch()
+    other, head = next(iter(machines.worker_nodes)), machines.head_node.node_id
 
     def lose() -> None:
         until = time.monotonic() + 60
-        while not (log.exists() and log.stat().st_size) and time.monotonic() < until:
-            time.sleep(0.05)
-        time.sleep(0.5)
+        while not noted(diary, "begins", other.node_id):
+            assert time.monotonic() < until
+            time.sleep(0.02)
         machines.remove_node(other, allow_graceful=False)
 
-    killer = threading.Thread(target=lose)
-    killer.start()
-    found = compare(
-        *("pictures",),
-        out=out,
-        executor=Quick(pause=0.1, log=str(log)),
-        on="ray",
-        address=machines.address,
-        jobs=4,
-        **ASKED,
-    )
-    killer.join()
+    with ThreadPoolExecutor(1) as beside:
+        losing = beside.submit(lose)
+        found = compare(
+            *("pictures",),
+            out=out,
+            executor=Located(
+                pause=0.5, diary=str(diary)
+            ),  # two seconds a run: it is lost in the midst of one
+            on="ray",
+            address=machines.address,
+            jobs=4,
+            **ASKED,
+        )
+        losing.result()
     assert found.failed == []
     assert (out / "results.csv").read_text() == (tmp_path / "whole" / "results.csv").read_text()
-    assert len([node for node in ray.nodes() if node["Alive"]]) == 1 if ray.is_initialized() else True
+    machines.wait_for_nodes()  # as many as were not taken away: Ray knows that one is lost
+    assert machines.list_all_nodes() == [machines.head_node]
+    lost = set(noted(diary, "begins", other.node_id)) - set(noted(diary, "ends", other.node_id))
+    assert lost, "no run was under way on the machine that was lost"
+    assert lost <= set(noted(diary, "ends", head))
+    again = Counter(noted(diary, "begins", head))
+    assert set(again.values()) == {1}  # a run that was under way elsewhere was left alone
+
+
+def noted(diary: Path, what: str, node: str) -> list[str]:
+    """The runs that began, or ended, on a machine."""
+    lines = [line.split() for line in diary.read_text().splitlines()]
+    return [name for begins_or_ends, name, at in lines if (begins_or_ends, at) == (what, node)]
+
+
+@pytest.mark.slow
+def test_real_runs_on_machines_without_the_files(
+    machines: Any, pictures: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Pictures and network go out through the object store, and what is learnt comes home, to the bit."""
+    model, picture = shutil.copytree(tiny_model, tmp_path / "model"), tmp_path / "one.png"
+    shutil.copy(pictures / "class_a" / "000.png", picture)
+    asked: dict[str, Any] = {"methods": "full", "splits": 1, "seeds": 2, "epochs": 1, "batch_size": 8}
+    asked |= {"model": str(model), "device": "cpu", "channels_last": False}
+    compare(str(pictures), out=tmp_path / "here", jobs=1, **asked)
+    there = {"executor": Far(), "on": "ray", "address": machines.address, "jobs": 2}
+    found = compare(str(pictures), out=tmp_path / "there", **there, **asked)
+    assert found.failed == []
+    assert not pictures.exists()
+    assert not model.exists()
+    runs = sorted(each.name for each in (tmp_path / "here" / "runs").iterdir())
+    assert len(runs) == 2
+    for name in runs:
+        assert same_answers(tmp_path / "here" / "runs" / name, tmp_path / "there" / "runs" / name)
+    assert len(found.best.predict(picture)) == 1
 
 
 def test_an_address_at_which_nobody_listens(tmp_path: Path) -> None:
