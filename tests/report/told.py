@@ -206,7 +206,11 @@ def diagnostics(method: str, epochs: int, k: int) -> dict[str, Any]:
         return {"channels": sizes, "rounds": rounds, "after": {"flops": 10}}
     if method == "spottune":
         by_class = [[0.1 * c, 0.5, 1.0] for c in range(k)]
-        return {"blocks": ["b0", "b1", "b2"], "by_class": by_class, "static": {"kept": ["b2"], "agrees": 0.9}}
+        return {
+            "blocks": ["b0", "b1", "b2"],
+            "by_class": by_class,
+            "static": {"kept": ["b2"], "agreement": 0.9},
+        }
     if method == "adafilter":
         layers = [{"layer": f"conv{i}", "filters": 8, "histogram": [1] * 10} for i in range(3)]
         return {
