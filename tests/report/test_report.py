@@ -17,7 +17,7 @@ from headstart.cli import main
 from headstart.errors import OutputError
 from headstart.records import Recipe
 from headstart.report import figures, insides, write
-from headstart.report.evidence import read
+from headstart.report.evidence import Seen, read
 from headstart.report.methods_section import paragraphs
 from headstart.report.page import render
 
@@ -91,6 +91,27 @@ def test_every_method_has_its_own_picture(page: str) -> None:
     for title in evidence_of.values():
         assert title in page
     assert "Channels kept, layer by layer" in page
+
+
+@pytest.mark.parametrize(
+    ("accepted", "left", "narrowest"),
+    [
+        ((True, False), "after the last accepted one 80\N{NO-BREAK SPACE}% of the FLOPs", "keeps 88 % of"),
+        ((True, True), "after the last accepted one 60\N{NO-BREAK SPACE}% of the FLOPs", "keeps 56 % of"),
+        ((False, False), "none was accepted, so the network is whole", "so the network is whole"),
+    ],
+)
+def test_what_is_left_is_what_the_last_accepted_round_left(
+    compared: Path, accepted: tuple[bool, ...], left: str, narrowest: str
+) -> None:
+    run = next(run for run in read(compared).runs if run.label == "transtailor")
+    rounds = [
+        each | {"accepted": yes} for each, yes in zip(run.result.diagnostics["rounds"], accepted, strict=True)
+    ]
+    result = run.result.model_copy(update={"diagnostics": run.result.diagnostics | {"rounds": rounds}})
+    flops, kept = insides.pictures(Seen(run.label, run.folder, result), "x")
+    assert left in flops.says
+    assert narrowest in kept.says
 
 
 def test_what_a_method_left_in_another_shape_is_no_picture_and_no_error(tmp_path: Path) -> None:

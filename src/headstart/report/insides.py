@@ -18,6 +18,7 @@ from headstart.report.words import count, listed, percent, several
 
 Draw = Callable[[Seen, str], Figure | None]
 _ROWS = 48  # of a heat map: more layers than that are taken together
+_WHOLE = "none was accepted, so the network is whole"
 
 
 def pictures(run: Seen, id: str) -> list[Figure]:
@@ -179,6 +180,13 @@ def accuracy_against_flops(run: Seen, id: str) -> Figure | None:
     rounds = run.result.diagnostics["rounds"]
     if not rounds:
         return None
+    last = _last_accepted(rounds)
+    left = (
+        _WHOLE
+        if last is None
+        else f"after the last accepted one {percent(rounds[last]['flops'], 0)} of the FLOPs and "
+        f"{percent(rounds[last]['params'], 0)} of the parameters are left"
+    )
     traces = []
     for accepted, name, symbol, which in (
         (True, "accepted", "circle", "var(--m2)"),
@@ -205,8 +213,7 @@ def accuracy_against_flops(run: Seen, id: str) -> Figure | None:
     return Figure(
         f"{id}-flops",
         "Accuracy as the network is cut",
-        f"{several(len(rounds), 'round')}; in the last {percent(rounds[-1]['flops'], 0)} of the FLOPs and "
-        f"{percent(rounds[-1]['params'], 0)} of the parameters are left.",
+        f"{several(len(rounds), 'round')}; {left}.",
         traces,
         {
             "xaxis": axis("FLOPs left, %", autorange="reversed"),
@@ -234,12 +241,17 @@ def channels_kept(run: Seen, id: str) -> Figure | None:
         return None
     layers = list(sizes)
     table = np.array([[100 * each["kept"][name] / sizes[name] for each in rounds] for name in layers], float)
+    last = _last_accepted(rounds)
+    left = (
+        _WHOLE
+        if last is None
+        else f"after the last accepted one the narrowest keeps {table[:, last].min():.0f} % of its channels"
+    )
     names, table = _gathered(layers, table, distance=False)
     return _heat(
         f"{id}-kept",
         "Channels kept, layer by layer",
-        f"{several(len(layers), 'layer')} over {several(len(rounds), 'round')}; the narrowest keeps "
-        f"{table[:, -1].min():.0f} % of its channels.",
+        f"{several(len(layers), 'layer')} over {several(len(rounds), 'round')}; {left}.",
         names,
         list(range(1, len(rounds) + 1)),
         table,
@@ -248,6 +260,11 @@ def channels_kept(run: Seen, id: str) -> Figure | None:
         across="round",
         limits=(0, 100),
     )
+
+
+def _last_accepted(rounds: list[dict[str, Any]]) -> int | None:
+    """Which round left the network as it is: one that is refused is undone."""
+    return max((i for i, each in enumerate(rounds) if each["accepted"]), default=None)
 
 
 def routes(run: Seen, id: str) -> Figure | None:
@@ -273,7 +290,7 @@ def routes(run: Seen, id: str) -> Figure | None:
     apart = float(np.abs(table - table.mean(0)).mean())
     overall = table.mean(0)
     static = left.get("static")
-    agrees = static.get("agrees", static.get("agreement")) if isinstance(static, Mapping) else None
+    agrees = static.get("agreement") if isinstance(static, Mapping) else None
     return Figure(
         f"{id}-routes",
         f"Which classes take {says}",
