@@ -7,10 +7,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from told import folder
+from told import ADVICE, folder, more
 
 from headstart import calibration
 from headstart.cli import main
@@ -210,39 +211,10 @@ def test_a_method_with_another_optimiser_is_named(tmp_path: Path) -> None:
 
 def test_a_learning_curve_an_audit_and_tuning_are_shown_where_they_are(tmp_path: Path) -> None:
     out = folder(tmp_path, ("full", "probe"))
-    advice = "200 more labels bring about +1.5 points; another method +0.2."
-    points = [
-        {"labels": n, "share": n / 240, "mean": a, "lo": a - 0.1, "hi": a + 0.1}
-        for n, a in ((60, 0.6), (240, 0.8))
-    ]
-    (out / "curve.json").write_text(
-        json.dumps({"curves": [{"method": "full", "points": points}], "advice": advice})
-    )
-    audit = {
-        "pictures": 90,
-        "readable": 88,
-        "classes": {"apple": 40},
-        "unreadable": {"bad.png": "cut off"},
-        "duplicates": [["a", "b"]],
-        "imbalance": 2.0,
-        "median_side": 300,
-        "smallest_side": 32,
-        "notes": ["One class is small."],
-    }
-    (out / "audit.json").write_text(json.dumps(audit))
-    trials = [
-        {"number": 0, "state": "finished", "values": {}, "val_accuracy": 0.7},
-        {"number": 1, "state": "failed", "values": {"lr": 0.5}, "val_accuracy": None},
-        {"number": 2, "state": "finished", "values": {"lr": 0.01}, "val_accuracy": 0.75},
-    ]
-    study = {"method": "full", "split": 0, "seconds": 12.0, "chosen": 2, "trials": trials}
-    (out / "search.json").write_text(json.dumps({"studies": [study, study | {"method": "gone"}]}))
-    asked = json.loads((out / "compare.json").read_text())
-    asked |= {"tuning": {"trials": 4}, "spent": {"full": {"trials": 4, "seconds": 200.0}}}
-    (out / "compare.json").write_text(json.dumps(asked))
+    more(out, ("full", "probe"))
     text = _own(write(out).read_text(encoding="utf-8"))
     for words in (
-        advice,
+        ADVICE,
         "88 readable of 90",
         "1: bad.png",
         "1 groups",
@@ -250,11 +222,80 @@ def test_a_learning_curve_an_audit_and_tuning_are_shown_where_they_are(tmp_path:
         "tuning of full",
     ):
         assert words in text
-    assert "equal budget of 4 trials per method" in text
     figure = figures.search(read(out))
     assert figure is not None
-    assert figure.traces[0]["y"] == [70, 70, 75]
-    assert figure.rows == [["full", 0, 3, 12.0, "lr 0.01", "75.0\N{NO-BREAK SPACE}%"]]
+    assert figure.traces[0]["y"] == [70.5, 72.5, 74.5, 74.5]  # what failed leaves the best where it was
+    assert figure.rows[0] == ["full", 0, 4, 12.0, "lr 0.006", "74.0\N{NO-BREAK SPACE}%"]
+
+
+def test_what_is_pasted_of_tuning_is_what_was_done(tmp_path: Path) -> None:
+    methods = ("full", "probe", "l2-sp", "delta")
+    out = folder(tmp_path, methods)
+    more(out, methods)
+    evidence = read(out)
+    # No one uses the rate of probe, which takes no steps.
+    for i, seen in enumerate(evidence.runs):
+        lr = 0.5 if seen.label == "probe" else 0.002 * (i + 1)
+        recipe = Recipe(optimizer="sgd", lr=lr, weight_decay=1e-4)
+        object.__setattr__(seen, "result", seen.result.model_copy(update={"recipe": recipe}))
+    setup, tuning, _ = paragraphs(evidence)
+    rates = sorted({seen.result.recipe.lr for seen in evidence.runs if seen.label != "probe"})  # type: ignore[union-attr]
+    assert f"SGD (learning rate tuned, {rates[0]:g} to {rates[-1]:g}, weight decay 0.0001, cosine" in setup
+    assert tuning == (
+        "Hyper-parameters were tuned on validation accuracy, with an equal budget for every method, the "
+        "baseline included: 4 trials per split. Learning rate and weight decay were searched from 0.1 to 10 "
+        "times the recipe's, alike for all methods but probe. The first trial was each method as it is, the "
+        "second of l2-sp the method turned off."
+    )
+    assert "<dt>recipe of " in render(evidence)
+
+
+@pytest.mark.parametrize(
+    ("asked", "sizes", "words"),
+    [
+        ({"trials": 1}, [None], "1 trial per split"),
+        ({"trials": 4}, [60, None], "4 trials per split and number of labels"),
+        (
+            {"budget_seconds": 7200.0},
+            [None],
+            "7,200 seconds in all, in equal shares for every split",
+        ),
+        (
+            {"budget_seconds": 90.0, "trials": 8},
+            [60, None],
+            "8 trials per split and number of labels or 90 seconds in all, in equal shares for every split "
+            "and number of labels, whichever ended first",
+        ),
+    ],
+)
+def test_the_budget_is_told_as_it_was_shared_out(
+    compared: Path, asked: dict[str, Any], sizes: list[Any], words: str
+) -> None:
+    evidence = read(compared)
+    evidence.asked = evidence.asked | {"tuning": asked, "train_sizes": sizes}
+    text = paragraphs(evidence)[1]
+    assert f"an equal budget for every method, the baseline included: {words}." in text
+    assert "turned off" not in text  # nothing is written down of what was tried
+    assert "searched" not in text
+
+
+def test_tuned_rates_are_a_range_also_where_the_spaces_are_lost(compared: Path) -> None:
+    evidence = read(compared)
+    for i, seen in enumerate(evidence.runs):
+        lr = 0.01 * (i + 1)
+        update = {"recipe": Recipe(optimizer="sgd", lr=lr, weight_decay=0.0)}
+        run = seen.result.run if i == 0 else seen.result.run.model_copy(update={"lr": lr})
+        object.__setattr__(seen, "result", seen.result.model_copy(update=update | {"run": run}))
+    most = 0.01 * len(evidence.runs)
+    assert f"(learning rate tuned, 0.01 to {most:g}, weight decay 0, " in paragraphs(evidence)[0]
+
+
+def test_a_rate_that_a_preset_brings_is_not_everyones(compared: Path) -> None:
+    evidence = read(compared)
+    first = evidence.runs[0]
+    recipe = Recipe(optimizer="sgd", lr=0.5, weight_decay=1e-4)
+    object.__setattr__(first, "result", first.result.model_copy(update={"recipe": recipe}))
+    assert "(learning rate 0.01, weight decay 0.0001, " in paragraphs(evidence)[0]
 
 
 def test_label_budgets_are_curves_and_their_runs_are_not_mixed_with_those_of_the_verdict(

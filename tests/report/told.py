@@ -21,6 +21,7 @@ from headstart.records import Fingerprints, Parameters, PhaseTime, Recipe, Resul
 HOSTILE = "<img src=x onerror=\"document.title='owned'\">"
 CLASSES = ("apple", HOSTILE, "pear & quince</script><script>document.title='owned'</script>", "plum")
 SECONDS = {"probe": 4.0, "full": 60.0, "l2-sp": 66.0, "delta": 70.0, "hybrid-forward": 140.0, "l2t-ww": 200.0}
+ADVICE = "200 more labels bring about +1.5 points; another method +0.2."
 LAYERS = ("stem", "layer1.0", "layer1.1", "layer2.0")
 
 
@@ -66,6 +67,72 @@ def folder(
     }
     write_text(out / "compare.json", json.dumps(asked))
     return out
+
+
+def more(out: Path, methods: Sequence[str], *, seeds: int = 2) -> None:
+    """What searches, a learning curve and an audit leave beside the rest, so that every figure is drawn."""
+    shared = {"low": 0.1, "high": 10.0, "log": True}
+    own = {"l2-sp": {"alpha": {"low": 0.0001, "high": 1.0, "log": True, "off": 0.0}}}
+    space = {m: {"lr": shared, "weight_decay": shared} | own.get(m, {}) for m in methods}
+    space |= {"probe": {"C": {"low": 1e-05, "high": 10.0, "log": True}}} if "probe" in methods else {}
+    studies = [
+        {
+            "method": method,
+            "split": split,
+            "train_size": None,
+            "seconds": 12.0,
+            "chosen": 2,
+            "axes": space[method],
+            "trials": [_trial(method, number, split) for number in range(4)],
+        }
+        for split in range(seeds)
+        for method in methods
+    ]
+    told = {"trials": 4, "budget": None, "objective": "accuracy on val", "studies": studies}
+    write_text(out / "search.json", json.dumps(told))
+    asked = json.loads((out / "compare.json").read_text())
+    asked["tuning"] = {"trials": 4, "budget_seconds": None, "objective": "accuracy on val", "space": space}
+    asked["spent"] = {method: {"trials": 4 * seeds, "seconds": 12.0 * seeds} for method in methods}
+    write_text(out / "compare.json", json.dumps(asked))
+    points = [
+        {"labels": n, "share": n / 240, "mean": a, "lo": a - 0.1, "hi": a + 0.1}
+        for n, a in ((60, 0.6), (240, 0.8))
+    ]
+    curve = {"curves": [{"method": methods[0], "points": points}], "advice": ADVICE}
+    write_text(out / "curve.json", json.dumps(curve))
+    audit = {
+        "pictures": 90,
+        "readable": 88,
+        "classes": {"apple": 40},
+        "unreadable": {"bad.png": "cut off"},
+        "duplicates": [["a", "b"]],
+        "imbalance": 2.0,
+        "median_side": 300,
+        "smallest_side": 32,
+        "notes": ["One class is small."],
+    }
+    write_text(out / "audit.json", json.dumps(audit))
+
+
+def _trial(method: str, number: int, split: int) -> dict[str, Any]:
+    """Of four: the method as it is, l2-sp then turned off, the best, and one that failed."""
+    kind = ("default", "off" if method == "l2-sp" else "sampled", "sampled", "sampled")[number]
+    values = {"alpha": 0.0} if kind == "off" else {"lr": 0.003 * number} if number else {}
+    failed = number == 3
+    accuracy = None if failed else 0.70 + 0.02 * number + 0.01 * split
+    return {
+        "number": number,
+        "kind": kind,
+        "state": "failed" if failed else "finished",
+        "values": values,
+        "val_accuracy": accuracy,
+        "val_log_loss": None if failed else 0.7,
+        "value": accuracy,
+        "seconds": 3.0,
+        "epochs": 0 if failed else 3,
+        "run": f"{method}-{number:012d}-s{split}",
+        "reason": "out of memory" if failed else None,
+    }
 
 
 def _pictures(photos: Path, rng: np.random.Generator, classes: Sequence[str], n: int) -> list[str]:

@@ -59,8 +59,9 @@ def _setup(evidence: Evidence, result: Result) -> str:
     if result.recipe is not None:
         r = result.recipe
         text += (
-            f" with {_spelt(r.optimizer)} (learning rate {r.lr:.3g}, "
-            f"weight decay {r.weight_decay:.3g}, {r.schedule} schedule, label smoothing {r.label_smoothing:g}"
+            f" with {_spelt(r.optimizer)} ({_value(evidence, r.optimizer, 'lr')}, "
+            f"{_value(evidence, r.optimizer, 'weight_decay')}, {r.schedule} schedule, "
+            f"label smoothing {r.label_smoothing:g}"
             + (", moving average of the weights" if r.ema is not None else "")
             + "), unless the method prescribes otherwise"
         )
@@ -88,20 +89,93 @@ def _cited(label: str) -> str:
     return f"{label} ({paper.cite})" if paper else label
 
 
+_SHARED = {"lr": "learning rate", "weight_decay": "weight decay"}  # searched alike for all methods
+
+
+def _value(evidence: Evidence, optimizer: str, name: str) -> str:
+    """A rate or decay of the runs with this optimiser: everyone's, or from where to where it was tuned."""
+    alike = [
+        e for e in evidence.runs if e.result.recipe is not None and e.result.recipe.optimizer == optimizer
+    ]
+    searched = [each for each in alike if name in _space(evidence).get(each.label, {})]
+    values = [getattr(each.result.recipe, name) for each in searched or alike]
+    least, most = min(values), max(values)
+    # Otherwise it is a preset's that differs, and the sentence says that methods may prescribe their own.
+    tuned = bool(searched) or any(getattr(each.result.run, name) is not None for each in alike)
+    if tuned and least < most:
+        return f"{_SHARED[name]} tuned, {least:.3g} to {most:.3g}"
+    return f"{_SHARED[name]} {Counter(values).most_common(1)[0][0]:.3g}"
+
+
+def _space(evidence: Evidence) -> dict[str, dict[str, Any]]:
+    """By method, what was searched of it; empty where that was not written down."""
+    tuning = evidence.asked.get("tuning")
+    space = tuning.get("space") if isinstance(tuning, dict) else None
+    if not isinstance(space, dict):
+        return {}
+    return {str(label): axes for label, axes in space.items() if isinstance(axes, dict)}
+
+
 def _tuning(evidence: Evidence) -> str:
     tuning: Any = evidence.asked.get("tuning")
     if not isinstance(tuning, dict) or not (tuning.get("trials") or tuning.get("budget_seconds")):
         return ""
-    what = []
-    if tuning.get("trials"):
-        what.append(several(int(tuning["trials"]), "trial"))
-    if tuning.get("budget_seconds"):
-        what.append(f"{float(tuning['budget_seconds']):,.0f} seconds")
-    return (
-        f"Hyper-parameters were tuned with an equal budget of {listed(what)} per method, the baseline "
-        "included, on validation accuracy; learning rate and weight decay had the same ranges for all, and "
-        "the value that turns a method off was among those tried."
+    idle = [label for label, axes in _space(evidence).items() if not axes]
+    baseline = "" if evidence.verdict.baseline in idle else ", the baseline included"
+    nothing = f"; of {listed(idle)} there was nothing to tune" if idle else ""
+    text = (
+        "Hyper-parameters were tuned on validation accuracy, with an equal budget for every method"
+        f"{baseline}: {_budget(evidence)}{nothing}."
     )
+    return " ".join([text, *_ranges(evidence), *_first_trials(evidence)])
+
+
+def _budget(evidence: Evidence) -> str:
+    """What a method had: trials are counted for each of its searches, seconds for all of them together."""
+    tuning, sizes = evidence.asked["tuning"], evidence.asked.get("train_sizes")
+    each = ["split"] if len({run.split for run in evidence.verdict.runs}) > 1 else []
+    each += ["number of labels"] if isinstance(sizes, list) and len(sizes) > 1 else []
+    trials, seconds = tuning.get("trials"), tuning.get("budget_seconds")
+    what = []
+    if trials:
+        what.append(several(int(trials), "trial") + (f" per {listed(each)}" if each else ""))
+    if seconds:
+        shared = f" in all, in equal shares for every {listed(each)}" if each else ""
+        what.append(f"{float(seconds):,.0f} seconds{shared}")
+    return " or ".join(what) + (", whichever ended first" if len(what) > 1 else "")
+
+
+def _ranges(evidence: Evidence) -> list[str]:
+    """Where the shared axes were searched, and for whom; nothing where they were given by hand."""
+    alike: dict[tuple[Any, ...], list[str]] = {}  # axes with the same ends and methods are told together
+    for name, what in _SHARED.items():
+        found = {label: axes[name] for label, axes in _space(evidence).items() if name in axes}
+        ends = {(each.get("low"), each.get("high")) for each in found.values() if isinstance(each, dict)}
+        if len(ends) == 1:
+            alike.setdefault((*ends.pop(), *found), []).append(what)
+    told = []
+    for (low, high, *labels), names in alike.items():
+        others = [label for label, axes in _space(evidence).items() if axes and label not in labels]
+        told.append(
+            f"{listed(names).capitalize()} {'was' if len(names) == 1 else 'were'} searched from {low:g} to "
+            f"{high:g} times the recipe's, alike for all methods{f' but {listed(others)}' if others else ''}."
+        )
+    return told
+
+
+def _first_trials(evidence: Evidence) -> list[str]:
+    """Whether methods were tried as they are and turned off: not all can be, and one trial is too few."""
+    kinds: dict[str, set[str]] = {"default": set(), "off": set()}
+    for study in evidence.search.get("studies") or []:
+        for trial in study.get("trials") or []:
+            kinds.setdefault(str(trial.get("kind")), set()).add(str(study.get("method")))
+    if not kinds["default"]:
+        return []
+    off = [label for label in evidence.labels if label in kinds["off"]]
+    return [
+        "The first trial was each method as it is"
+        + (f", the second of {listed(off)} the method turned off." if off else ".")
+    ]
 
 
 def _statistics(evidence: Evidence) -> str:

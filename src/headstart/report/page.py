@@ -381,9 +381,10 @@ def _settings(evidence: Evidence, seen: Seen | None) -> list[tuple[str, str]]:
         ]
         if result.recipe is not None:
             recipe = result.recipe.model_dump(mode="json", exclude_none=True)
-            found.append(
-                ("recipe", ", ".join(f"{k.replace('_', ' ')} {_value(v)}" for k, v in recipe.items()))
-            )
+            alike = all(each.result.recipe == result.recipe for each in evidence.runs)
+            whose = "" if alike else f" of {seen.label}, split {result.split_seed}, seed {result.seed}"
+            shown = ", ".join(f"{k.replace('_', ' ')} {_value(v)}" for k, v in recipe.items())
+            found.append((f"recipe{whose}", shown))
         found += [
             ("trained on", listed_once(each.result.device for each in evidence.runs)),
             ("versions", ", ".join(f"{name} {version}" for name, version in result.versions.items())),
