@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from told import CLASSES, folder
+from told import CLASSES, FIGURES, everything
 
 from headstart.report import write
 
@@ -17,17 +17,6 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None or DRIVER is None, reason="no chromium and chromedriver here (Debian: chromium-driver)"
-)
-METHODS = (
-    "probe",
-    "full",
-    "l2-sp",
-    "delta",
-    "hybrid-forward",
-    "l2t-ww",
-    "transtailor",
-    "spottune",
-    "adafilter",
 )
 
 
@@ -57,12 +46,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def page(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    out = folder(tmp_path_factory.mktemp("told"), METHODS)
-    points = [{"labels": n, "mean": 0.6, "lo": 0.5, "hi": 0.7} for n in (60, 240)]
-    (out / "curve.json").write_text(
-        json.dumps({"curves": [{"method": "full", "points": points}], "advice": "More."})
-    )
-    path = write(out)
+    path = write(everything(tmp_path_factory.mktemp("told")))
     browser.get(path.absolute().as_uri())
     _drawn(browser)
     return browser
@@ -82,7 +66,7 @@ def test_every_figure_is_drawn_and_the_console_is_silent(page: Any) -> None:
         "p.querySelectorAll('svg.main-svg').length, p.getBoundingClientRect().height, "
         "p.querySelectorAll('.trace, .hm, .point').length])"
     )
-    assert len(drawn) >= 18
+    assert {each[0].removeprefix("plot-") for each in drawn} == FIGURES
     assert [each for each in drawn if each[1] != "yes" or not each[2] or each[3] < 150 or not each[4]] == []
     assert page.get_log("browser") == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import subprocess
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from told import ADVICE, folder, more
+from told import ADVICE, FIGURES, everything, folder, more
 
 from headstart import calibration
 from headstart.cli import main
@@ -92,6 +93,27 @@ def test_every_method_has_its_own_picture(page: str) -> None:
     for title in evidence_of.values():
         assert title in page
     assert "Channels kept, layer by layer" in page
+
+
+def test_the_page_that_a_browser_draws_has_every_figure(tmp_path: Path) -> None:
+    """Of a figure that this folder does not bring about, no browser would say that it cannot be drawn."""
+    evidence = read(everything(tmp_path))
+    assert evidence.taken is not None
+    given = {"evidence": evidence, "taken": evidence.taken, "audit": evidence.audit, "sides": {}}
+    ids = set()
+    for name, draw in inspect.getmembers(figures, inspect.isfunction):
+        signature = inspect.signature(draw)
+        if name.startswith("_") or "Figure" not in str(signature.return_annotation):
+            continue
+        found = draw(*(given[each] for each in signature.parameters))
+        ids |= {figure.id for figure in (found if isinstance(found, list) else [found])}
+    for i, label in enumerate(evidence.labels):
+        ids |= {figure.id for figure in insides.pictures(evidence.of(label)[0], f"inside-{i}")}
+    assert {id.rpartition("-")[2] for id in ids if id.startswith("inside-")} == {
+        *("distance", "channels", "losses", "pairs", "flops", "kept", "routes")
+    }
+    assert ids == FIGURES
+    assert set(re.findall(r'id="plot-([^"]+)"', render(evidence))) == FIGURES
 
 
 @pytest.mark.parametrize(

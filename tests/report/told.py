@@ -20,6 +20,18 @@ from headstart.records import Fingerprints, Parameters, PhaseTime, Recipe, Resul
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\">"
 CLASSES = ("apple", HOSTILE, "pear & quince</script><script>document.title='owned'</script>", "plum")
+# Those with a picture of their own, and those without.
+EVERY = (
+    *("probe", "full", "l2-sp", "delta", "hybrid-forward"),
+    *("l2t-ww", "transtailor", "spottune", "adafilter"),
+)
+# All that is drawn of them, by id.
+FIGURES = {
+    *("differences", "runs", "cost", "learning-curve", "search", "training", "loss-task", "loss-2"),
+    *("confusion", "calibration", "coverage", "classes"),
+    *("inside-2-distance", "inside-3-channels", "inside-4-losses", "inside-5-pairs", "inside-6-flops"),
+    *("inside-6-kept", "inside-7-routes", "inside-8-routes"),
+}
 SECONDS = {"probe": 4.0, "full": 60.0, "l2-sp": 66.0, "delta": 70.0, "hybrid-forward": 140.0, "l2t-ww": 200.0}
 ADVICE = "200 more labels bring about +1.5 points; another method +0.2."
 LAYERS = ("stem", "layer1.0", "layer1.1", "layer2.0")
@@ -66,6 +78,13 @@ def folder(
         "test": [{"split": s, "hash": "ab" * 32, "n": n, "looks": len(methods)} for s in range(seeds)],
     }
     write_text(out / "compare.json", json.dumps(asked))
+    return out
+
+
+def everything(where: Path) -> Path:
+    """A comparison of which every figure can be drawn."""
+    out = folder(where, EVERY)
+    more(out, EVERY)
     return out
 
 
