@@ -1,4 +1,4 @@
-"""An executor that takes milliseconds and epochs, can be sent to other processes, and knows no network."""
+"""Executors that can be sent to other processes; most take milliseconds and know no network."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 Pictures and networks go out through Ray's object store, once each, and what a run leaves behind comes back
 the same way: no disk has to be shared, and a lost node costs the runs that were under way on it. What the
-other machines need is headstart, installed in the same version.
+other machines need is headstart, installed in the same version, and a file that a method itself reads
+(`fisher` of l2-sp) at the same place.
 """
 
 from __future__ import annotations
