@@ -17,11 +17,17 @@ import numpy as np
 
 from headstart.comparison.crew import Here
 from headstart.disk import write_json
+from headstart.errors import TrainingError
 from headstart.records import Parameters, Recipe, Result, Run, Score
 from headstart.training.events import Reporter
 from headstart.training.folder import claimed, write_npz
 
 N = 40  # pictures in val, and in test
+
+
+def side(run: Run) -> int:
+    """The seed of its split."""
+    return run.seed if run.split_seed is None else run.split_seed
 
 
 @dataclass(frozen=True)
@@ -40,13 +46,16 @@ class Quick:
 
     pause: float = 0.0  # seconds of an epoch
     unfit: tuple[str, ...] = ()  # methods
+    uneven: int = 0  # training pictures that each split has more than the one before
+    breaks: tuple[tuple[int, int], ...] = ()  # split and train_size of runs that fail
     log: str | None = None  # a file that gets a line for every epoch that is trained
 
     def prepare(self, run: Run, *, share: Any, say: Callable[[str], None]) -> Ready:
-        split = run.seed if run.split_seed is None else run.split_seed
+        split = side(run)
         key = run.key(data=f"split {split}, {run.train_size}", source="weights", settled={})
         unfit = "no filters" if run.method in self.unfit else None
-        return Ready(run, f"{run.method}-{key}-s{run.seed}", unfit)
+        learnt_from = run.train_size or 80 + self.uneven * split
+        return Ready(run, f"{run.method}-{key}-s{run.seed}", unfit, learnt_from=learnt_from)
 
     def execute(
         self, prepared: Any, folder: Path, *, resume: bool, overwrite: bool, reporter: Reporter
@@ -56,6 +65,8 @@ class Quick:
 
     def _train(self, prepared: Any, folder: Path, reporter: Reporter) -> Result:
         run: Run = prepared.run
+        if (side(run), run.train_size) in self.breaks:
+            raise TrainingError("It broke.")
         last = folder / "last.pt"
         records: list[dict[str, Any]] = json.loads(last.read_text()) if last.exists() else []
         for epoch in range(len(records) + 1, run.epochs + 1):
@@ -83,18 +94,17 @@ class Quick:
             scores[split], right = self.score(run, split, run.epochs)
             arrays[f"{split}_probabilities"] = np.stack([right, ~right], 1).astype(np.float32)
             arrays[f"{split}_labels"] = np.zeros(N, np.int64)
-            side = run.seed if run.split_seed is None else run.split_seed
-            arrays[f"{split}_hashes"] = np.array([f"{split}{side}-{i}" for i in range(N)])
+            arrays[f"{split}_hashes"] = np.array([f"{split}{side(run)}-{i}" for i in range(N)])
         write_npz(folder / "predictions.npz", arrays)
         result = Result(
             status="finished",
             run=run,
             method=run.method,
             model=run.model,
-            split_seed=run.seed if run.split_seed is None else run.split_seed,
+            split_seed=side(run),
             seed=run.seed,
             epochs=run.epochs,
-            n_train=run.train_size or 80,
+            n_train=prepared.learnt_from,
             seconds=0.25 * run.epochs,
             parameters=Parameters(trained=10, shipped=20),
             recipe=prepared.recipe,

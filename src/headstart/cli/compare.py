@@ -310,8 +310,9 @@ def show(done: Comparison) -> None:
         if note:
             print(note)
     print(f"\nVerdict:   {verdict.sentence}")
-    if done.curve is not None and done.curve["advice"]:
-        print(f"Labels:    {done.curve['advice']}")
+    labels = done.curve and (done.curve["advice"] or done.curve["why"])
+    if labels:
+        print(f"Labels:    {labels}")
     print(f"Results:   {done.folder}  (verdict.json, results.csv, runs/)")
 
 

@@ -56,6 +56,7 @@ class Entry:
     role: Role = "run"  # what counts in the verdict; trials chose its values, curves have fewer labels
     chosen: dict[str, Any] = field(default_factory=dict)  # what a search chose for it
     number: int = 0  # of a trial, in its search
+    share: float | None = None  # of a point of the curve: of the labels there are
 
     @property
     def at(self) -> At:

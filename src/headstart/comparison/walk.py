@@ -111,7 +111,9 @@ class Walk:
             pictures = entry.train_size or self.pictures[entry.split]
             for share in SHARES:
                 run = entry.run.model_copy(update={"train_size": max(1, round(share * pictures))})
-                self.books.curve.append(Entry(entry.label, run, role="curve", chosen=entry.chosen))
+                self.books.curve.append(
+                    Entry(entry.label, run, role="curve", chosen=entry.chosen, share=share)
+                )
         self.books.curve.sort(key=lambda entry: (entry.at, entry.train_size or 0))
         self.queue.extend(_Work(entry) for entry in self.books.curve)
 

@@ -192,6 +192,8 @@ def _by_size(path: Path, unreadable: list[str]) -> dict[str, Any]:
             for row in verdict.rows:
                 if row.accuracy is not None and row.learnt_from:
                     point = {"labels": row.learnt_from, **row.accuracy.model_dump()}
+                    if len(row.seeds) == 1:  # that interval is of one trained model, and of no method
+                        point |= {"lo": None, "hi": None}
                     curves.setdefault(row.method, []).append(point)
     except (OSError, ValueError, TypeError, KeyError):
         unreadable.append(path.name)

@@ -283,49 +283,57 @@ def learning_curve(evidence: Evidence) -> Figure | None:
             continue
         at = places.get(label, len(traces))
         mean = [100 * each["mean"] for each in points_]
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers",
-                "x": [each["labels"] for each in points_],
-                "y": numbers(mean),
-                "error_y": {
-                    "type": "data",
-                    "symmetric": False,
-                    "array": numbers(
-                        100 * each.get("hi", each["mean"]) - m for each, m in zip(points_, mean, strict=True)
-                    ),
-                    "arrayminus": numbers(
-                        m - 100 * each.get("lo", each["mean"]) for each, m in zip(points_, mean, strict=True)
-                    ),
-                    "color": colour(at),
-                    "thickness": 1.4,
-                },
-                "marker": {"color": colour(at), "symbol": marker(at), "size": 10},
-                "line": {"color": colour(at)},
-                "name": plain(label),
+        trace: dict[str, Any] = {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "x": [each["labels"] for each in points_],
+            "y": numbers(mean),
+            "marker": {"color": colour(at), "symbol": marker(at), "size": 10},
+            "line": {"color": colour(at)},
+            "name": plain(label),
+        }
+        ends = [_ends(each) for each in points_]
+        if any(ends):  # a single repetition has no interval
+            both = [end or (m, m) for end, m in zip(ends, mean, strict=True)]
+            trace["error_y"] = {
+                "type": "data",
+                "symmetric": False,
+                "array": numbers(hi - m for (_, hi), m in zip(both, mean, strict=True)),
+                "arrayminus": numbers(m - lo for (lo, _), m in zip(both, mean, strict=True)),
+                "color": colour(at),
+                "thickness": 1.4,
             }
-        )
+        traces.append(trace)
         rows += [
             [
                 label,
                 each["labels"],
                 percent(each["mean"]),
-                f"{percent(each.get('lo'))} to {percent(each.get('hi'))}",
+                f"{percent(each['lo'])} to {percent(each['hi'])}" if end else "not measured",
             ]
-            for each in points_
+            for each, end in zip(points_, ends, strict=True)
         ]
     if not traces:
         return None
     return Figure(
         "learning-curve",
         "More labels, or another method?",
-        str(evidence.curve.get("advice") or "Accuracy by the number of pictures that were learnt from."),
+        str(
+            evidence.curve.get("advice")
+            or evidence.curve.get("why")
+            or "Accuracy by the number of pictures that were learnt from."
+        ),
         traces,
         {"xaxis": axis("training pictures", rangemode="tozero"), "yaxis": axis("test accuracy, %")},
         ["method", "training pictures", "accuracy", "95 % interval"],
         rows,
     )
+
+
+def _ends(point: dict[str, Any]) -> tuple[float, float] | None:
+    """Of the interval of a point, in per cent; None where it has none."""
+    lo, hi = point.get("lo"), point.get("hi")
+    return None if lo is None or hi is None else (100 * lo, 100 * hi)
 
 
 def search(evidence: Evidence) -> Figure | None:
