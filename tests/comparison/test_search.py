@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from made_up import Heard
 from quick import Quick
 
 from headstart.comparison.runner import Comparison, compare
@@ -23,7 +25,7 @@ from headstart.comparison.search import (
     budget,
     objective,
 )
-from headstart.errors import ConfigError, OutputError
+from headstart.errors import ConfigError, OutputError, TrainingError
 from headstart.parts.space import Among, Between
 from headstart.records import Recipe, Run
 
@@ -119,6 +121,31 @@ def test_a_budget_ends_a_search_before_it_is_passed() -> None:
     assert not walk(study(trials=None, seconds=2.0)).too_small
 
 
+def failed(number: int, seconds: float = 0.5) -> Trial:
+    return Trial(number=number, kind="sampled", state="failed", values={}, seconds=seconds, reason="No.")
+
+
+def test_a_search_is_given_up_after_three_failures_in_a_row() -> None:
+    one = study(trials=None, seconds=100.0)
+    for number in (0, 1):
+        one.tell(failed(number))
+    assert one.next() is not None
+    one = walk(one, until=3)  # one that works begins the count anew
+    for number in (3, 4):
+        one.tell(failed(number))
+    assert one.next() is not None and not one.given_up
+    one.tell(failed(5))
+    assert one.next() is None and one.given_up
+    assert one.chosen is one.over[2]
+    assert one.plain()["given_up"] is True
+
+
+def test_failed_trials_spend_the_budget_too() -> None:
+    one = study(trials=None, seconds=2.0)
+    one.tell(failed(0, seconds=1.5))
+    assert one.next() is None and one.too_small
+
+
 @pytest.mark.parametrize(
     ("given", "seconds"), [("90", 90), ("90s", 90), ("5m", 300), ("2h", 7200), ("1h30m", 5400), (12.5, 12.5)]
 )
@@ -168,6 +195,15 @@ def test_a_trial_below_the_median_is_stopped_after_a_third_of_its_epochs() -> No
 # ---------------------------------------------------------------------- in a comparison
 
 
+class Fails(Quick):
+    """Takes its time, and fails before the first epoch."""
+
+    def execute(self, prepared: Any, folder: Path, **more: Any) -> Any:
+        folder.mkdir(exist_ok=True)
+        time.sleep(self.pause)
+        raise TrainingError("It fails.")
+
+
 def run(out: Path, **more: Any) -> Comparison:
     asked: dict[str, Any] = {"methods": "full,l2-sp,probe", "seeds": 2, "splits": 1, "epochs": 6}
     asked |= {"executor": Quick()}
@@ -213,8 +249,49 @@ def test_trials_never_look_at_the_test_pictures(tmp_path: Path) -> None:
 
 
 def test_a_budget_that_is_too_small_is_said(tmp_path: Path) -> None:
-    found = run(tmp_path / "out", budget="2s")  # a trial takes a second and a half
-    assert sum("too small for a second trial" in note for note in found.judgement.notes) == 3
+    out = tmp_path / "out"
+    found = run(out, budget="2s", methods="full,probe")  # a trial takes a second and a half
+    assert found.judgement.notes == [
+        f"The budget of 2 s per method is too small for a second trial of {method}, which stays as it is."
+        for method in ("full", "probe")
+    ]
+    spent = json.loads((out / "compare.json").read_text())["spent"]
+    assert spent == {method: {"trials": 1, "seconds": 1.5} for method in ("full", "probe")}
+
+
+def test_a_first_trial_that_takes_longer_than_the_budget_is_finished_and_said(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    found = run(out, budget="1s", methods="full")
+    assert found.judgement.notes == [
+        "The budget of 1 s per method is too small for a second trial of full, which stays as it is. "
+        "Its first took longer than that, and was let run to its end."
+    ]
+    (only,) = json.loads((out / "search.json").read_text())["studies"]
+    assert (only["seconds"], only["chosen"], only["given_up"]) == (1.5, 0, False)
+    assert [trial["state"] for trial in only["trials"]] == ["finished"]
+    found = run(tmp_path / "two", budget="2s", methods="full", splits=2)
+    assert found.judgement.notes == [
+        "The budget of 2 s per method, 1 s for each of its 2 searches, is too small for a second trial "
+        "of full in one of them or more; there it stays as it is. Its first took longer than that, and "
+        "was let run to its end."
+    ]
+
+
+@pytest.mark.parametrize("asked", [{"budget": "1h"}, {"trials": 8}])
+def test_a_method_whose_trials_fail_is_searched_no_further(tmp_path: Path, asked: dict[str, Any]) -> None:
+    """Before their first epoch, so that no record says how long they took."""
+    out, heard = tmp_path / "out", Heard()
+    found = run(out, methods="l2-sp", executor=Fails(pause=0.05), reporter=heard, **asked)
+    (study,) = json.loads((out / "search.json").read_text())["studies"]
+    assert [trial["state"] for trial in study["trials"]] == ["failed"] * 3
+    assert all(0.05 <= trial["seconds"] < 10 for trial in study["trials"])
+    assert study["given_up"] and study["chosen"] is None
+    said = "A search for l2-sp was given up: 3 trials in a row failed. The last of them: It fails."
+    assert said in heard.lines and found.judgement.notes == [said]
+    assert {failure.reason for failure in found.failed} == {"It fails."}
+    assert heard.runs[-1][1:] == (5, 5)  # three trials and the two runs of the table
+    again = run(out, methods="l2-sp", executor=Fails(pause=0.05), **asked)
+    assert again.judgement == found.judgement
 
 
 def test_each_split_and_size_is_searched_on_its_own(tmp_path: Path) -> None:

@@ -68,7 +68,10 @@ class Books:
         trials = len(self.trials)
         if self.options.trials is not None:
             trials = self.unsearched * self.options.trials
-            trials += sum(max(len(s.over), self.options.trials) for s in self.studies if s.axes)
+            asked = self.options.trials
+            trials += sum(
+                len(s.over) if s.given_up else max(len(s.over), asked) for s in self.studies if s.axes
+            )
         return len(self.entries) + trials + len(self.curve)
 
     def standing(self, under_way: Mapping[str, Mapping[str, Any]]) -> Standing:

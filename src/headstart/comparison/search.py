@@ -10,6 +10,11 @@ Trials are scored on the validation split: accuracy, and log-loss where that is 
 earliest of equals. One that does worse than the median of the earlier ones, a third of its epochs into it, is
 stopped (Optuna's MedianPruner); it counts as a trial all the same.
 
+A budget in seconds is what trials took by the clock, failed ones too. A trial begins where it will most
+likely end within the budget, taking as long as those before it did on average; the first begins in any case.
+What has begun is let run to its end. After three failures in a row a search is given up: with so little
+known of what would work, the next would fail as well, and none of them is worth its time.
+
 What a study proposes depends on its own finished trials and on nothing else. So one that was killed goes on
 to the same trials; these lie in Optuna's journal, `study/journal.log`, which its dashboard can read.
 """
@@ -41,6 +46,7 @@ FACTORS = {"lr": Between(0.1, 10.0, log=True), "weight_decay": Between(0.1, 10.0
 NEVER_PRUNED = 2  # the default, and the method turned off
 RANDOM_UNTIL = 5  # trials before TPE has seen enough to propose any
 MOST = 1000  # trials of a study that only a time budget ends
+FAILURES = 3  # trials in a row that fail before a search is given up
 
 State = Literal["finished", "pruned", "failed"]
 Kind = Literal["default", "off", "sampled"]
@@ -206,6 +212,12 @@ class Study:
         """Whether the budget was used up by the first trial alone."""
         return self.budget is not None and len(self.over) == 1 and self.most != 1 and not self._may_go_on()
 
+    @property
+    def given_up(self) -> bool:
+        """Whether its last trials failed, one after the other."""
+        last = self.over[-FAILURES:]
+        return len(last) == FAILURES and all(trial.state == "failed" for trial in last)
+
     def next(self) -> Proposal | None:
         """What to try now; None: it is enough."""
         number = len(self.over)
@@ -248,6 +260,7 @@ class Study:
             "train_size": self.base.train_size,
             "seconds": round(self.seconds, 2),
             "chosen": None if best is None else best.number,
+            "given_up": self.given_up,
             "axes": {
                 name: axis.space.plain() | ({} if axis.factor_of is None else {"times": axis.factor_of})
                 for name, axis in self.axes.items()
@@ -258,7 +271,7 @@ class Study:
     # ------------------------------------------------------------------ what Optuna is told and asked
 
     def _may_go_on(self) -> bool:
-        if len(self.over) >= (self.most or MOST):
+        if len(self.over) >= (self.most or MOST) or self.given_up:
             return False
         if self.budget is None or not self.over:
             return True

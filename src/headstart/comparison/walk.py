@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import time
 import traceback
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from headstart.comparison.books import RUNS, Books
 from headstart.comparison.crew import Crew, Ended, Executor, Prepared, Task, epochs_of, reason_of, steps_of
 from headstart.comparison.curve import SHARES
 from headstart.comparison.ledger import Entry, Unusable
-from headstart.comparison.search import Journal, Proposal, Study, Trial, apply, axes
+from headstart.comparison.search import FAILURES, Journal, Proposal, Study, Trial, apply, axes
 from headstart.errors import DataError, HeadstartError, ModelError, OutputError, Unreachable
 from headstart.records import Result
 from headstart.training.events import Reporter
@@ -31,6 +32,13 @@ class _Work:
     entry: Entry
     study: Study | None = None
     proposal: Proposal | None = None
+    begun: float = field(default_factory=time.perf_counter)
+    before: float = 0.0  # seconds of its epochs that an earlier call of the command has done
+
+    @property
+    def seconds(self) -> float:
+        """How long it has been under way, by the clock: one that fails leaves no other record of it."""
+        return round(self.before + time.perf_counter() - self.begun, 2)
 
 
 @dataclass
@@ -134,7 +142,7 @@ class Walk:
         if isinstance(work, _Search):
             self._search(work.entries)
             return None
-        entry = work.entry
+        entry, work.begun = work.entry, time.perf_counter()
         prepared = self._prepare(work)
         if prepared is None:
             return None
@@ -159,6 +167,7 @@ class Walk:
         if found is not None:
             _set_aside(folder)
         watch = None if work.study is None else work.study.watch()
+        work.before = 0.0 if anew else sum(record.get("seconds", 0.0) for record in epochs_of(folder))
         self.under_way[prepared.name] = work
         self.crew.start(
             Task(entry.run, prepared.name, folder, resume=not anew, overwrite=anew, watch=watch), prepared
@@ -283,7 +292,7 @@ class Walk:
             split_seed=entry.split,
             seed=run.seed,
             epochs=0,
-            seconds=0.0 if folder is None else sum(r.get("seconds", 0.0) for r in epochs_of(folder)),
+            seconds=work.seconds,
         )
         self.reporter.row(result)
         if work.study is not None and work.proposal is not None:
@@ -345,24 +354,43 @@ class Walk:
             self.books.trials.append(entry)
             self.queue.appendleft(_Work(entry, study, proposal))
             return
-        if study.too_small:
-            text = (
-                f"The budget of {self.options.budget or 0:.0f} s per method is too small for a second trial "
-                f"of {study.label}, which stays as it is."
-            )
-            if self.books.note(text):
-                self.reporter.say(text)
+        text = self._cut_short(study)
+        if text is not None and self.books.note(text):
+            self.reporter.say(text)
         best = study.chosen
         for entry in reversed(self.waiting.pop(study.name)):
             if best is not None and best.values:
                 entry.run, entry.chosen = apply(entry.run, best.values), dict(best.values)
             self.queue.appendleft(_Work(entry))
 
-    def _share_of_budget(self) -> float | None:
-        """Seconds of one study: a method has as many as there are splits and sizes."""
-        if self.options.budget is None:
+    def _cut_short(self, study: Study) -> str | None:
+        """Why a search found nothing to choose from, or stopped looking; None where it did neither."""
+        if study.given_up:
+            return (
+                f"A search for {study.label} was given up: {FAILURES} trials in a row failed. "
+                f"The last of them: {study.over[-1].reason or ''}"
+            )
+        if not study.too_small or study.budget is None or self.options.budget is None:
             return None
-        return self.options.budget / len({(e.train_size, e.split) for e in self.books.entries})
+        text, searches = f"The budget of {self.options.budget:g} s per method", self._searches()
+        if searches == 1:
+            text += f" is too small for a second trial of {study.label}, which stays as it is."
+        else:
+            text += (
+                f", {study.budget:g} s for each of its {searches} searches, is too small for a second trial "
+                f"of {study.label} in one of them or more; there it stays as it is."
+            )
+        if study.seconds > study.budget:
+            text += " Its first took longer than that, and was let run to its end."
+        return text
+
+    def _share_of_budget(self) -> float | None:
+        """Seconds of one study."""
+        return None if self.options.budget is None else self.options.budget / self._searches()
+
+    def _searches(self) -> int:
+        """Studies of one method: as many as there are splits and sizes."""
+        return len({(entry.train_size, entry.split) for entry in self.books.entries})
 
     # ------------------------------------------------------------------ what is told
 
