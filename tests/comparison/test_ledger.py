@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import numpy as np
 
-from headstart.comparison.ledger import SPLITS, answers
+from headstart.comparison.ledger import SPLITS, Entry, answers, write_table
 from headstart.records import Result, Run, Score
 
 
@@ -34,3 +35,13 @@ def test_answers_are_paired_by_content_whatever_the_files_were_called(tmp_path: 
         for split in SPLITS:
             assert found[split].hashes.tolist() == ["a", "b", "c", "d"]
             assert found[split].right.tolist() == [True, False, False, True]
+
+
+def test_the_table_holds_what_a_run_cost(tmp_path: Path) -> None:
+    result = finished(tmp_path / "run", [0, 1, 2, 3]).model_copy(update={"flops": 4_000_000, "seconds": 2.5})
+    done = Entry("full", result.run, status="finished", result=result)
+    write_table(tmp_path / "results.csv", [done, Entry("full", result.run)])
+    with (tmp_path / "results.csv").open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert (first["flops"], first["seconds"]) == ("4000000", "2.5")
+    assert second["flops"] == ""

@@ -128,7 +128,7 @@ def answers(folder: Path, result: Result) -> dict[str, Answers]:
 COLUMNS = (
     *("label", "method", "preset", "seed", "train_size", "role", "status", "reason"),
     *(f"{split}_{name}" for split in SPLITS for name in Score.model_fields),
-    *("seconds", "peak_memory_mb", "ms_per_image", "trained", "shipped"),
+    *("seconds", "peak_memory_mb", "ms_per_image", "trained", "shipped", "flops"),
     *("epochs", "kept", "split_seed", "model", "hyper", "folder"),
 )
 
@@ -156,7 +156,7 @@ def flat(entry: Entry) -> dict[str, Any]:
     for split, score in (("val", result.val), ("test", result.test)):
         if score is not None:
             row |= {f"{split}_{name}": value for name, value in score.model_dump().items()}
-    for name in ("seconds", "peak_memory_mb", "ms_per_image", "epochs", "kept"):
+    for name in ("seconds", "peak_memory_mb", "ms_per_image", "flops", "epochs", "kept"):
         row[name] = getattr(result, name)
     if result.parameters is not None:
         row |= result.parameters.model_dump()
