@@ -66,6 +66,7 @@ class Row(Record):
     failed: int = Field(0, description="runs that failed")
     skipped: int = Field(0, description="runs that this network cannot do")
     reason: str | None = Field(None, description="why the first of these failed, or was skipped")
+    unfit: str | None = Field(None, description="why the first was skipped")
 
 
 class Scored(Record):
@@ -88,8 +89,12 @@ class Choice(Record):
 
 
 class Luck(Record):
-    """What choosing on validation does to the winner's validation accuracy (BBC-CV)."""
+    """What choosing among methods on validation does to the leader's validation accuracy (BBC-CV).
 
+    The choice among the trials of a search is not in it: both numbers are a little high where there was one.
+    """
+
+    method: str | None = Field(None, description="the leader on validation; None in files of older versions")
     naive: float = Field(description="as it looks on the pictures that chose it")
     corrected: Range = Field(description="as it is to be expected on fresh ones")
     candidates: int

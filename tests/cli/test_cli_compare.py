@@ -11,8 +11,12 @@ from typing import Any
 import pytest
 from typed import Ended, Typed, save_tiny_net, typing
 
-from headstart.cli.compare import _numbers
+from headstart.cli.compare import _numbers, show
+from headstart.comparison.ledger import Entry
+from headstart.comparison.runner import Comparison
+from headstart.comparison.verdict import judge
 from headstart.errors import ConfigError
+from headstart.records import Run
 
 SMALL = ("--img-size", 32, "--epochs", 1, "--device", "cpu")
 
@@ -107,6 +111,17 @@ def test_a_failed_run_is_a_row_and_2(typed: Typed, pictures: Path, net: Path, tm
     assert "1 failed" in row
     assert any(line.startswith("full, seed 0: ") and "no numbers any more" in line for line in lines(ended))
     assert "probe" in next(line for line in lines(ended) if line.startswith("Verdict:"))
+
+
+def test_a_method_that_was_skipped_is_a_line_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(data="pictures", method="spottune")
+    reason = "spottune cannot run here: no blocks."
+    entries = [Entry("spottune", run, status="skipped", reason=reason) for _ in range(2)]
+    found = judge(entries, labels=["spottune"], baseline="spottune")
+    show(Comparison(Path("compared"), found, [], [], []))
+    said = capsys.readouterr().out.splitlines()
+    assert said[1].split() == ["spottune", "0,", "2", "skipped"]
+    assert said[2] == f"spottune, skipped: {reason}"
 
 
 def test_a_bare_hyper_parameter_goes_to_all_that_have_it(

@@ -54,7 +54,7 @@ def test_the_baseline_may_be_the_one_to_take(tmp_path: Path) -> None:
     world.right |= {"probe": 0.6, "full": 0.9, "lp-ft": 0.7}
     found = judged(tmp_path, world)
     assert found.verdict.startswith(
-        "Take full: every other method is worse on the 3 splits' 400 test pictures each. "
+        "Take full (61 s a run): every other method is worse on the 3 splits' 400 test pictures each. "
         "probe is worse: -30.0"
     )
 
@@ -67,8 +67,8 @@ def test_the_test_split_has_no_say_in_what_is_taken(tmp_path: Path) -> None:
     assert found.judgement.take is not None
     assert found.judgement.take.method == "full"
     assert (
-        "Take full, the best on validation. But on the 3 splits' 400 test pictures each probe is better: "
-        "+30.0 points (95 % interval +" in found.verdict
+        "Take full, the best on validation (61 s a run). But on the 3 splits' 400 test pictures each probe "
+        "is better: +30.0 points (95 % interval +" in found.verdict
     )
 
 
@@ -76,7 +76,10 @@ def test_a_tie_on_test_that_validation_settles(tmp_path: Path) -> None:
     world = MadeUp(exact=True, n=300)
     world.val_right = {"probe": 0.6}
     found = judged(tmp_path, world, "probe,full")
-    assert "Take full: on validation, full is better than the cheaper probe" in found.verdict
+    assert (
+        "Take full (61 s a run): on validation, full is better than the cheaper probe (4.0 s a run)."
+        in found.verdict
+    )
     assert "take the cheapest" not in found.verdict
 
 
@@ -104,7 +107,29 @@ def test_the_shipped_run_is_the_best_on_validation_of_its_method(tmp_path: Path)
     best = max(found.results, key=lambda result: result.val.accuracy if result.val else 0)
     assert found.judgement.take.seed == best.seed
     assert (found.folder / "runs" / found.judgement.take.run / "result.json").is_file()
-    assert found.verdict.startswith("Only probe finished: ")
+    assert found.verdict.startswith("Only probe finished (4.0 s a run): ")
+    assert "for this model" not in found.verdict
+    one = judged(tmp_path / "one", MadeUp(), "probe", seeds=1)
+    assert ", of this model), with nothing to compare it with." in one.verdict
+
+
+def test_a_cost_that_nobody_knows_is_not_told(tmp_path: Path) -> None:
+    worlds = {
+        "only": ("probe", MadeUp(exact=True)),
+        "worse": ("probe,full", MadeUp(exact=True, right={"probe": 0.4, "full": 0.8})),
+        "tie": ("probe,full", MadeUp(exact=True)),
+        "overruled": (
+            "probe,full",
+            MadeUp(
+                exact=True, n=400, right={"probe": 0.9, "full": 0.6}, val_right={"probe": 0.6, "full": 0.9}
+            ),
+        ),
+    }
+    for seeds in (1, 2):
+        for name, (methods, world) in worlds.items():
+            world.seconds = dict.fromkeys(world.seconds, 0.0)
+            found = judged(tmp_path / f"{name}{seeds}", world, methods, seeds=seeds)
+            assert "0.0 s" not in found.verdict
 
 
 def test_with_one_seed_nothing_is_claimed_of_methods(tmp_path: Path) -> None:
@@ -165,9 +190,20 @@ def test_every_run_has_wilsons_interval_and_the_winner_its_luck(tmp_path: Path) 
     found = wilson(round(first.accuracy.mean * 150), 150)
     assert (first.accuracy.lo, first.accuracy.hi) == pytest.approx((found.lo, found.hi), abs=1e-6)
     assert verdict.luck is not None
-    assert verdict.luck.candidates == 3
+    assert (verdict.luck.candidates, verdict.luck.method) == (3, leader(verdict))
     assert verdict.luck.naive > verdict.luck.corrected.mean - 0.01
     assert judged(tmp_path / "one", MadeUp(), "probe").judgement.luck is None
+
+
+def leader(verdict: Verdict) -> str:
+    return max(verdict.rows, key=lambda row: row.val_accuracy or 0).method
+
+
+def test_the_luck_is_that_of_the_leader_and_not_of_the_cheaper_one_that_is_taken(tmp_path: Path) -> None:
+    verdict = judged(tmp_path, MadeUp(exact=True, val_right={"full": 121 / 150}), "probe,full").judgement
+    assert verdict.take is not None and verdict.luck is not None
+    assert (verdict.take.method, verdict.luck.method) == ("probe", "full")
+    assert verdict.luck.naive == pytest.approx(121 / 150, abs=1e-6)
 
 
 def test_what_this_network_cannot_do_is_a_row_and_no_failure() -> None:

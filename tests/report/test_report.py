@@ -65,6 +65,31 @@ def test_the_verdict_comes_first(page: str, compared: Path) -> None:
     assert order == sorted(order)
 
 
+def test_what_the_leaders_accuracy_is_worth_is_said_of_the_leader(tmp_path: Path) -> None:
+    out = folder(tmp_path, ("probe", "full"))
+    verdict = json.loads((out / "verdict.json").read_text())
+    taken = verdict["take"]["method"]
+    other = next(name for name in ("probe", "full") if name != taken)
+
+    def said(leader: str) -> str:
+        luck = {"naive": 0.83, "corrected": {"mean": 0.81, "lo": 0.78, "hi": 0.84}, "candidates": 2}
+        (out / "verdict.json").write_text(json.dumps(verdict | {"luck": luck | {"method": leader}}))
+        return _own(write(out).read_text(encoding="utf-8")).replace("\N{NO-BREAK SPACE}", " ")
+
+    for leader in (taken, other):
+        text = said(leader)
+        assert f"Of 2 methods {leader} is the best on the validation pictures: 83.0 % there." in text
+        assert "81.0 % (78.0 to 84.0) is to be expected" in text
+        assert (f"This is about {other}, and not about {taken}" in text) == (leader == other)
+        assert "tuned on the same pictures" not in text
+    with (out / "results.csv").open() as file:
+        columns = file.readline().strip().split(",")
+    row = ",".join({"role": "trial", "status": "finished"}.get(column, "") for column in columns)
+    with (out / "results.csv").open("a") as file:
+        file.write(f"{row}\n")
+    assert "were tuned on the same pictures, and the luck of that is still in both numbers" in said(taken)
+
+
 def test_it_asks_for_nothing(page: str) -> None:
     assert "default-src 'none'" in page
     assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//""", page)

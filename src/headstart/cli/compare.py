@@ -18,7 +18,7 @@ from headstart.records import Run
 
 if TYPE_CHECKING:
     from headstart.comparison.runner import Comparison
-    from headstart.comparison.verdict import Range
+    from headstart.comparison.verdict import Range, Row
 
 METHODS = "probe,full,lp-ft,l2-sp"
 SEEDS = 3
@@ -292,7 +292,7 @@ def show(done: Comparison) -> None:
     rows = [
         [
             row.method,
-            str(len(row.seeds)) if not row.failed else f"{len(row.seeds)}, {row.failed} failed",
+            _runs(row),
             _percent(row.accuracy),
             _points(row.difference),
             row.call or "",
@@ -306,6 +306,9 @@ def show(done: Comparison) -> None:
     _table(heads, rows)
     for failure in verdict.failed:
         print(f"{failure.method}, seed {failure.seed}: {failure.reason}")
+    for row in verdict.rows:
+        if row.unfit:
+            print(f"{row.method}, skipped: {row.unfit}")
     for note in [verdict.caution, *verdict.notes]:
         if note:
             print(note)
@@ -314,6 +317,12 @@ def show(done: Comparison) -> None:
     if labels:
         print(f"Labels:    {labels}")
     print(f"Results:   {done.folder}  (verdict.json, results.csv, runs/)")
+
+
+def _runs(row: Row) -> str:
+    """6, or '4, 2 failed'."""
+    others = {"failed": row.failed, "skipped": row.skipped}
+    return ", ".join([str(len(row.seeds)), *(f"{count} {how}" for how, count in others.items() if count)])
 
 
 def _percent(share: Range | None) -> str:

@@ -7,6 +7,10 @@ and of candidates, and on how alike they are. Tsamardinos, Greasidou and Borboud
 the winner, and score it on the pictures that were not drawn. Over many draws that is the accuracy of
 choosing-and-then-using, and its quantiles are an interval.
 
+The candidates are the methods of a comparison, the pictures those of validation. A search chooses among its
+trials on the same pictures before that; its trials are no candidates here, so their luck stays in. Test
+pictures have a part in neither choice, and what was measured on them needs no correction.
+
 Each draw chooses on fewer different pictures than there are (63 %), so the estimate is, if anything, a
 little low.
 """

@@ -7,7 +7,11 @@ accuracy over the repetitions (a repetition is one split with one seed). Every m
 interval to the leader holds zero ties with it, and the cheapest of these (seconds of a run) is taken. Of
 its runs, the one with the best validation accuracy is shipped; at the same accuracy the one with the lower
 log-loss, then the lower seed. Test pictures play no part in this, so their accuracy of the shipped method
-is not a best of several. The validation accuracy of the winner is one; what it is worth is said beside it.
+is not a best of several, neither of methods nor of the trials of a search, which are scored on validation
+as well: it needs no correction. The validation accuracy of the leader is a best of several; what it is worth
+once the luck of the choice among methods is taken out (`headstart.comparison.selection`) is said beside it,
+of the leader and not of a cheaper one that is taken in its place. The luck of trials is not taken out: where
+there was a search, both numbers are a little high.
 
 Are the differences real? The test split says, once: accuracy with its interval, the paired difference to
 the baseline with its interval, and "helps", "hurts" or "no evidence" for an interval above, below or
@@ -133,7 +137,7 @@ class _Judge:
             n_val=self._counts("val"),
             distinct_test=self._distinct("test"),
             smallest_difference=smallest,
-            luck=self._luck(),
+            luck=self._luck(leader),
             intervals=_ONE_SEED if self.once else INTERVALS,
             notes=self.notes,
         )
@@ -145,8 +149,8 @@ class _Judge:
         halves = [difference.half_width for difference in against if difference is not None]
         return round(float(np.median(halves)), 6) if halves else None
 
-    def _luck(self) -> Luck | None:
-        """What the winner's validation accuracy is worth; with one method there was nothing to choose."""
+    def _luck(self, leader: str) -> Luck | None:
+        """What the leader's validation accuracy is worth; with one method there was nothing to choose."""
         if len(self.runs) < 2:
             return None
         found = corrected(
@@ -159,7 +163,7 @@ class _Judge:
             return None
         of = _range(found.corrected)
         assert of is not None
-        return Luck(naive=round(found.naive, 6), corrected=of, candidates=found.candidates)
+        return Luck(method=leader, naive=round(found.naive, 6), corrected=of, candidates=found.candidates)
 
     # ------------------------------------------------------------------ which: validation alone
 
@@ -309,9 +313,11 @@ class _Judge:
         others = [label for label in self.runs if label != chosen]
         accuracy = self._accuracy(chosen)
         if not others:
+            whose = ", of this model" if self.once else ""
             return (
-                f"Only {chosen} finished: {accuracy.mean:.1%} on {self._pictures('test')} "
-                f"(95 % interval {accuracy.lo:.1%} to {accuracy.hi:.1%}), with nothing to compare it with."
+                f"Only {chosen} finished{self._cost(chosen)}: {accuracy.mean:.1%} on "
+                f"{self._pictures('test')} (95 % interval {accuracy.lo:.1%} to {accuracy.hi:.1%}{whose}), "
+                "with nothing to compare it with."
             )
         if self.once:
             return self._unclaimed(chosen, leader)
@@ -331,7 +337,9 @@ class _Judge:
         if tied:
             text = self._tie(chosen, leader, tied)
         else:
-            text = f"Take {chosen}: every other method is worse on {self._pictures('test')}."
+            text = (
+                f"Take {chosen}{self._cost(chosen)}: every other method is worse on {self._pictures('test')}."
+            )
         for gap, label in worse:
             text += f" {label} is worse: {self._gap(gap)}."
         return text
@@ -345,7 +353,7 @@ class _Judge:
         )
         accuracy = self._accuracy(chosen)
         return (
-            f"Take {chosen}, {how} ({_time(self._seconds(chosen))}): {accuracy.mean:.1%} on "
+            f"Take {chosen}, {how}{self._cost(chosen)}: {accuracy.mean:.1%} on "
             f"{self._pictures('test')} (95 % interval {accuracy.lo:.1%} to {accuracy.hi:.1%} for this "
             "model). With one seed no difference between methods is claimed."
         )
@@ -355,13 +363,19 @@ class _Judge:
         text = f"Tie: {_listed(equal)} can't be told apart on {self._pictures('test')}"
         cheaper = [label for label in tied if self._seconds(label) < self._seconds(chosen)]
         if cheaper:
-            text += f". Take {chosen}: on validation, {leader} is better than the cheaper {_listed(cheaper)}"
+            priced = _listed([f"{label}{self._cost(label)}" for label in cheaper])
+            text += (
+                f". Take {chosen}{self._cost(chosen)}: on validation, {leader} is better than the cheaper "
+            )
+            text += priced
             if leader != chosen:
                 text += f", and {chosen} ties with it"
         else:
             rival = self.baseline if self.baseline in tied else min(tied, key=self._seconds)
-            cost = f"{_time(self._seconds(chosen))} against {_time(self._seconds(rival))} of {rival}"
-            text += f"; take the cheapest, {chosen} ({cost})"
+            text += f"; take the cheapest, {chosen}"
+            if self._seconds(chosen):
+                cost = f"{_time(self._seconds(chosen))} against {_time(self._seconds(rival))} of {rival}"
+                text += f" ({cost})"
         smallest = self._smallest()
         seen = "" if smallest is None else f" Differences below about {100 * smallest:.1f} points could not"
         return f"{text}.{seen} have been seen." if seen else f"{text}."
@@ -369,8 +383,9 @@ class _Judge:
     def _overruled(self, chosen: str, leader: str, best: str, gap: Interval) -> str:
         how = "the best" if chosen == leader else f"the cheapest of those that tie with {leader}"
         return (
-            f"Take {chosen}, {how} on validation. But on {self._pictures('test')} {best} is better: "
-            f"{self._gap(gap)}{self._times(best, chosen)}. More seeds or validation pictures would settle it."
+            f"Take {chosen}, {how} on validation{self._cost(chosen)}. But on {self._pictures('test')} {best} "
+            f"is better: {self._gap(gap)}{self._times(best, chosen)}. More seeds or validation pictures "
+            "would settle it."
         )
 
     # ------------------------------------------------------------------ words and numbers
@@ -378,6 +393,11 @@ class _Judge:
     def _gap(self, gap: Interval, over: str | None = None) -> str:
         points = f"{100 * gap.mean:+.1f} points" + (f" over {over}" if over else "")
         return f"{points} (95 % interval {100 * gap.lo:+.1f} to {100 * gap.hi:+.1f})"
+
+    def _cost(self, label: str) -> str:
+        """' (28 s a run)'; empty where that is not known."""
+        seconds = self._seconds(label)
+        return f" ({_time(seconds)} a run)" if seconds else ""
 
     def _times(self, label: str, other: str) -> str:
         if not self._seconds(label) or not self._seconds(other):
@@ -467,6 +487,7 @@ def _empty(label: str, failed: list[Failure], skipped: list[Entry]) -> Row:
         failed=len(reasons),
         skipped=len(unfit),
         reason=said[0] if said else None,
+        unfit=unfit[0] if unfit else None,
     )
 
 
