@@ -173,18 +173,27 @@ def test_from_python_and_for_the_winner_of_a_comparison(
         pictures, model=str(tiny_model), method="probe", epochs=1, out=tmp_path / "one", refit=True
     )
     assert one.result.refit is not None and one.result.refit.pictures == 27
-    done = headstart.compare(
-        pictures,
-        ["probe", "full"],
-        model=str(tiny_model),
-        epochs=1,
-        batch_size=8,
-        seeds=1,
-        out=tmp_path / "c",
-        refit=True,
-    )
+    out = tmp_path / "c"
+    asked = {"model": str(tiny_model), "epochs": 1, "batch_size": 8, "seeds": 1, "out": out, "refit": True}
+    done = headstart.compare(pictures, ["probe", "full"], **asked)
     assert done.judgement.take is not None
     for folder in done.folders:
         refitted = Result.read(folder / "result.json").refit is not None
         assert refitted == (folder.name == done.judgement.take.run)
     assert "refitted" in str(done.best.card["kept"])
+
+    # Its look at the test pictures is one like any other: written down, counted once, and shown.
+    def looks() -> int:
+        test: dict[str, Any] = json.loads((out / "compare.json").read_text())["test_split"]
+        return int(test["looks"])
+
+    assert looks() == 3
+    last = json.loads((out / "looks.jsonl").read_text().splitlines()[-1])
+    assert last["run"] == f"{done.judgement.take.run}/refit"
+    headstart.compare(pictures, ["probe", "full"], **asked)
+    assert looks() == 3
+    page = done.report().read_text(encoding="utf-8")
+    assert "looked at 3 times" in page
+    assert "was then trained once more, on training and validation images, and scored a second time" in page
+    headstart.compare(pictures, ["probe", "full"], **asked, overwrite=True)
+    assert looks() == 6

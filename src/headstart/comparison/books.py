@@ -190,6 +190,17 @@ class Books:
             "test_split": {"sha256": one, "looks": sum(test["looks"] for test in distinct.values())},
         }
 
+    def refitted(self, name: str, *, anew: bool) -> None:
+        """A refit scores the test pictures once more: that look counts like those of the runs.
+
+        Args:
+            name: of the run's folder.
+            anew: it was refitted now, and not by an earlier call.
+        """
+        entry = next(e for e in self.entries if e.folder == f"{RUNS}/{name}" and e.answers)
+        self.looks.add(ledger.hash_of(entry.answers["test"]), f"{name}/refit", anew=anew)
+        self.write_asked()
+
     def write_audit(self, found: dict[str, Any]) -> None:
         """audit.json: what there is to know about the pictures."""
         if found:

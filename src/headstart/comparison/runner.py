@@ -194,7 +194,8 @@ def compare(
         Walk(books, reporter, executor, crew).go()
         done = _outcome(books)
         if refit and done.judgement.take is not None:
-            _refit(folder / RUNS / done.judgement.take.run, reporter)
+            name = done.judgement.take.run
+            books.refitted(name, anew=_refit(folder / RUNS / name, reporter))
         return done
 
 
@@ -228,18 +229,20 @@ def _where(
     return processes
 
 
-def _refit(folder: Path, reporter: Reporter) -> None:
-    """Train the run that is taken once more, on train and val."""
+def _refit(folder: Path, reporter: Reporter) -> bool:
+    """Train the run that is taken once more, on train and val; False where that was done before."""
     from headstart.training.job import prepare
     from headstart.training.refit import refit
 
-    prepared = prepare(Result.read(folder / "result.json").run, say=reporter.say)
+    finished = Result.read(folder / "result.json")
+    prepared = prepare(finished.run, say=reporter.say)
     reporter.begin(1)
     reporter.run(prepared.name, 1, 1)
     try:
         refit(prepared, folder, reporter=reporter)
     finally:
         reporter.end()
+    return finished.refit is None
 
 
 def _outcome(books: Books) -> Comparison:

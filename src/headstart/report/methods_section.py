@@ -74,10 +74,15 @@ def _setup(evidence: Evidence, result: Result) -> str:
         )
         for rule in dict.fromkeys(rule for _, rule in others):
             text += f"; {listed([label for label, other in others if other == rule])} with {rule}"
-    return (
-        f"{text}. Models were chosen on validation images only; test images were scored once per run, at its "
-        "end."
+    text += (
+        ". Models were chosen on validation images only; test images were scored once per run, at its end."
     )
+    if evidence.taken is not None and evidence.taken.result.refit is not None:
+        text += (
+            " The one that is shipped was then trained once more, on training and validation images, and "
+            "scored a second time."
+        )
+    return text
 
 
 def _spelt(optimizer: str) -> str:

@@ -399,8 +399,8 @@ def _settings(evidence: Evidence, seen: Seen | None) -> list[tuple[str, str]]:
         found += [
             (
                 "test pictures",
-                f"split {each.get('split')}: {each.get('n')} pictures, SHA-256 {each.get('hash')}, scored by "
-                f"{words.several(int(each.get('looks') or 0), 'final run')}",
+                f"split {each.get('split')}: {each.get('n')} pictures, SHA-256 {each.get('hash')}, looked at "
+                f"{words.several(int(each.get('looks') or 0), 'time')}",
             )
             for each in tests[:12]
             if isinstance(each, dict)
