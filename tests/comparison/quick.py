@@ -25,6 +25,10 @@ from headstart.training.folder import claimed, write_npz
 N = 40  # pictures in val, and in test
 
 
+def lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 def side(run: Run) -> int:
     """The seed of its split."""
     return run.seed if run.split_seed is None else run.split_seed
@@ -49,6 +53,7 @@ class Quick:
     uneven: int = 0  # training pictures that each split has more than the one before
     breaks: tuple[tuple[int, int], ...] = ()  # split and train_size of runs that fail
     log: str | None = None  # a file that gets a line for every epoch that is trained
+    gate: str | None = None  # a file: while it is there, no more lines than it has bytes
 
     def prepare(self, run: Run, *, share: Any, say: Callable[[str], None]) -> Ready:
         split = side(run)
@@ -71,6 +76,8 @@ class Quick:
         records: list[dict[str, Any]] = json.loads(last.read_text()) if last.exists() else []
         for epoch in range(len(records) + 1, run.epochs + 1):
             time.sleep(self.pause)
+            while self._shut():
+                time.sleep(0.005)
             if self.log is not None:
                 with Path(self.log).open("a") as file:
                     file.write(f"{prepared.name} {epoch}\n")
@@ -114,6 +121,15 @@ class Quick:
         last.unlink(missing_ok=True)
         reporter.row(result)
         return result
+
+    def _shut(self) -> bool:
+        if self.gate is None or self.log is None:
+            return False
+        try:
+            allowed = Path(self.gate).stat().st_size
+        except FileNotFoundError:
+            return False
+        return lines(Path(self.log)) >= allowed
 
     def score(self, run: Run, split: str, epoch: int) -> tuple[Score, np.ndarray]:
         off = abs(math.log10((run.lr or 0.01) / 0.02))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from quick import Quick
+from quick import Quick, lines
 
 from headstart.comparison import ledger, worker
 from headstart.comparison.crew import Task, attempt
@@ -77,66 +78,89 @@ def test_an_epoch_too_many_after_a_kill_does_not_count(tmp_path: Path) -> None:
     assert (found.status, found.epochs, found.seconds) == ("pruned", stop, 0.25 * stop)
 
 
+KILLS = {"driver": 5, "worker": 15}
+STRIDE = 10  # epochs that may be trained between two kills
+
+
 @pytest.mark.slow
 def test_sixty_runs_survive_twenty_kills(tmp_path: Path) -> None:
-    """SIGKILL of the driver or of a worker, at random moments: nothing is lost, nothing repeated."""
-    compare("pictures", out=tmp_path / "whole", executor=Quick(), **ASKED)
-    out, log = tmp_path / "out", tmp_path / "log"
+    """SIGKILL of the driver or of a worker, at random moments: nothing is lost, nothing repeated.
+
+    A gate holds the training back, so that twenty are killed however fast or slow the machine is: without a
+    kill it takes more epochs than the gate ever lets through.
+    """
+    whole, out, log, gate = (tmp_path / name for name in ("whole", "out", "log", "gate"))
+    compare("pictures", out=whole, executor=Quick(log=str(tmp_path / "all")), **ASKED)
+    kills = sum(KILLS.values())
+    assert lines(tmp_path / "all") > kills * (STRIDE + 1), "or some kills would come too late"
     script = textwrap.dedent(
         f"""
-        import sys
-        from pathlib import Path
         from quick import Quick
         from headstart.comparison.runner import compare
-        executor = Quick(pause=0.02, log={str(log)!r})
+        executor = Quick(pause=0.02, log={str(log)!r}, gate={str(gate)!r})
         compare("pictures", out={str(out)!r}, executor=executor, jobs=2, **{ASKED!r})
         """
     )
     rng = random.Random(0)
-    kills = Counter[str]()
+    order = [who for who, count in KILLS.items() for _ in range(count)]
+    rng.shuffle(order)
+    gate.touch()
+    killed = Counter[str]()
     driver = None
-    for _ in range(200):
-        if sum(kills.values()) == 20:
-            break
-        if driver is None or driver.poll() is not None:
+    for who in order:
+        with gate.open("ab") as file:
+            file.write(b"." * STRIDE)
+        if driver is None:
             driver = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
-            begins(driver, log)
-        time.sleep(rng.random() * 0.5)
-        workers = children(driver.pid)
-        if workers and rng.random() < 0.75:
-            victim, who = rng.choice(workers), "worker"
-        else:
-            victim, who = driver.pid, "driver"
-        if driver.poll() is not None:
-            break  # all runs are done
-        os.kill(victim, signal.SIGKILL)
-        kills[who] += 1
+        gets_on(driver, log, rng.randint(1, STRIDE // 2))
+        time.sleep(rng.random() * 0.1)
         if who == "driver":
-            driver.wait()
+            driver.kill()
+            assert driver.wait() == -signal.SIGKILL
+            driver = None
+        else:
+            # Mostly the one that has lived longer: a run whose process dies three times in a row without an
+            # epoch in between is given up, as it should be.
+            alive = at_work(driver)
+            (alive[0] if rng.random() < 0.75 else alive[-1]).kill()
+        killed[who] += 1
+    gate.unlink()
     if driver is not None:
-        driver.wait(120)
+        assert driver.wait(120) == 0
     compare("pictures", out=out, executor=Quick(log=str(log)), jobs=1, **ASKED)
-    assert table(out) == table(tmp_path / "whole")
-    assert searched(out) == searched(tmp_path / "whole")
-    whole = json.loads((tmp_path / "whole" / "verdict.json").read_text())
-    assert json.loads((out / "verdict.json").read_text()) == whole
-    assert min(kills["driver"], kills["worker"]) >= 3
-    assert sum(kills.values()) >= 15
+    assert killed == KILLS
+    assert table(out) == table(whole)
+    assert searched(out) == searched(whole)
+    verdict = json.loads((whole / "verdict.json").read_text())
+    assert json.loads((out / "verdict.json").read_text()) == verdict
     # An epoch is trained again only where a kill came before its checkpoint: one in each process that died.
     repeated = sum(n - 1 for n in Counter(log.read_text().splitlines()).values())
-    assert repeated <= 2 * kills["driver"] + kills["worker"]
+    assert repeated <= 2 * killed["driver"] + killed["worker"]
 
 
-def size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+def gets_on(driver: subprocess.Popen[bytes], log: Path, epochs: int) -> None:
+    """Wait until so many more epochs were trained."""
+    enough, until = lines(log) + epochs, time.monotonic() + 120
+    while lines(log) < enough:
+        assert driver.poll() is None and time.monotonic() < until
+        time.sleep(0.005)
 
 
-def begins(driver: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait until it trains."""
-    before, until = size(log), time.monotonic() + 60
-    while size(log) == before and driver.poll() is None:
-        assert time.monotonic() < until
-        time.sleep(0.01)
+def at_work(driver: subprocess.Popen[bytes]) -> list[Any]:
+    """Its worker processes, the oldest first; one that was killed and not yet missed is none of them."""
+    import psutil
+
+    until = time.monotonic() + 60
+    while True:
+        found = []
+        for child in psutil.Process(driver.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if child.status() != psutil.STATUS_ZOMBIE:
+                    found.append((child.create_time(), child.pid, child))
+        if found:
+            return [child for _, _, child in sorted(found, key=lambda each: each[:2])]
+        assert driver.poll() is None and time.monotonic() < until
+        time.sleep(0.005)
 
 
 def children(pid: int) -> list[int]:
