@@ -286,12 +286,18 @@ def test_a_method_whose_trials_fail_is_searched_no_further(tmp_path: Path, asked
     assert [trial["state"] for trial in study["trials"]] == ["failed"] * 3
     assert all(0.05 <= trial["seconds"] < 10 for trial in study["trials"])
     assert study["given_up"] and study["chosen"] is None
-    said = "A search for l2-sp was given up: 3 trials in a row failed. The last of them: It fails."
+    said = (
+        "A search for l2-sp was given up: 3 trials in a row failed. "
+        "To search anew, delete study/journal.log in the comparison's folder. The last of them: It fails."
+    )
     assert said in heard.lines and found.judgement.notes == [said]
     assert {failure.reason for failure in found.failed} == {"It fails."}
     assert heard.runs[-1][1:] == (5, 5)  # three trials and the two runs of the table
     again = run(out, methods="l2-sp", executor=Fails(pause=0.05), **asked)
     assert again.judgement == found.judgement
+    (out / "study" / "journal.log").unlink()
+    mended = run(out, methods="l2-sp", trials=4)
+    assert len(mended.results) == 2 and mended.judgement.notes == []
 
 
 def test_each_split_and_size_is_searched_on_its_own(tmp_path: Path) -> None:

@@ -377,6 +377,10 @@ def test_one_seed_and_a_small_test_split_are_said_before_everything(tmp_path: Pa
     assert "no claim" in text
     assert "exact McNemar" in text
     assert 'id="figure-differences"' not in text
+    verdict = json.loads((out / "verdict.json").read_text())
+    (out / "sizes.json").write_text(json.dumps([{"train_size": None, "verdict": verdict}]))
+    figure = figures.learning_curve(read(out))
+    assert figure is not None and {row[-1] for row in figure.rows} == {"not measured"}
 
 
 @pytest.mark.parametrize("cut", [0, 40])

@@ -368,6 +368,7 @@ class Walk:
         if study.given_up:
             return (
                 f"A search for {study.label} was given up: {FAILURES} trials in a row failed. "
+                "To search anew, delete study/journal.log in the comparison's folder. "
                 f"The last of them: {study.over[-1].reason or ''}"
             )
         if not study.too_small or study.budget is None or self.options.budget is None:
