@@ -229,6 +229,10 @@ class Method(nn.Module):
         """What is left? A plain module, in eval mode, with no class of headstart's inside."""
         return copy.deepcopy(self.net).requires_grad_(True).eval()
 
+    def headline(self) -> str | None:
+        """One line on what will run, told when training begins; None: the name says it all."""
+        return None
+
     def observe(self) -> dict[str, Any]:
         """What there is to see after an epoch, as plain data that JSON holds; empty by default."""
         return {}

@@ -172,6 +172,9 @@ def says_whether_it_fits(case: Case) -> None:
 
 def shows_plain_data(case: Case) -> None:
     """What `observe` and `diagnostics` give is data that JSON holds, before training and after it."""
+    line = case.method().headline()
+    plain = line is None or (isinstance(line, str) and "\n" not in line)
+    _require(plain, f"headline() must be one line of text, or None. Got {line!r}.")
     for method in (case.method(), case.seen.method):
         for what in ("observe", "diagnostics"):
             shown = getattr(method, what)()

@@ -676,6 +676,28 @@ def test_refuses(given: dict[str, Any], says: str) -> None:
         FitNets(student(), 3, **{"source": teacher(), "example": torch.zeros(1, 3, 16, 16)} | given)
 
 
+def test_a_source_of_another_size_is_told() -> None:
+    import timm
+
+    other = timm.models.VisionTransformer(64, 16, embed_dim=24, depth=2, num_heads=2)
+    with pytest.raises(MethodError, match=r"VisionTransformer cannot see pictures .*32"):
+        FitNets(small("test_resnet"), 3, source=other, example=torch.zeros(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("hyper", "says"),
+    [
+        ({}, "fitnets, staged: the source's 2 is the hint for 2, answers of the source's probe"),
+        ({"mode": "joint"}, "fitnets, joint: the source's 2 is the hint for 2"),
+        ({"kd": "none"}, "fitnets, staged: the source's 2 is the hint for 2"),
+    ],
+)
+def test_says_which_mode_runs(hyper: dict[str, Any], says: str) -> None:
+    assert build(**hyper).headline() == says
+    alone = FitNets(student(), 3, example=torch.zeros(1, 3, 16, 16), **hyper)
+    assert ("no other network as source, so no hint" in alone.headline()) == (alone.mode == "staged")
+
+
 def test_a_misspelt_stage_gets_its_neighbour() -> None:
     with pytest.raises(MethodError, match="Did you mean 'layer2'"):
         FitNets(small("test_resnet"), 3, example=torch.zeros(1, 3, 32, 32), pair="layr2,layer2")

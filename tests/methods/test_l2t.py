@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from headstart.errors import MethodError, TrainingError
 from headstart.method import Method, Phase, Preset
 from headstart.methods.select.l2t import L2TW, L2TWW, Transfer
-from headstart.testing import Case, networks, run_check
+from headstart.parts.lookahead import apart as single
+from headstart.testing import ON_RANKS, Case, check_method, networks, run_check
 
 PAIRS = [(0, 0), (2, 2), (2, 0), (0, 1)]
 
@@ -24,14 +25,16 @@ PAIRS = [(0, 0), (2, 2), (2, 0), (0, 1)]
 class Small(nn.Module):
     """Three stages of strides 2, 4 and 8, and a head that sees the last."""
 
-    def __init__(self, widths: tuple[int, int, int], classes: int = 5, drop: float = 0.0) -> None:
+    def __init__(
+        self, widths: tuple[int, int, int], classes: int = 5, drop: float = 0.0, deep: bool = False
+    ) -> None:
         super().__init__()
         at = (3, *widths)
         self.stage0, self.stage1, self.stage2 = (
             nn.Sequential(nn.Conv2d(at[i], at[i + 1], 3, 2, 1), nn.BatchNorm2d(at[i + 1]), nn.Softplus())
             for i in range(3)
         )
-        self.drop = nn.Dropout(drop)
+        self.drop = nn.Sequential(nn.Dropout(drop), Deep()) if deep else nn.Dropout(drop)
         self.fc = nn.Linear(widths[-1], classes)
 
     def stages(self, x: Tensor) -> list[Tensor]:
@@ -50,9 +53,9 @@ def source(seed: int = 5) -> Small:
     return Small((4, 6, 5)).double()
 
 
-def build(cls: type[Transfer] = L2TWW, *, drop: float = 0.0, **hyper: Any) -> Transfer:
+def build(cls: type[Transfer] = L2TWW, *, drop: float = 0.0, deep: bool = False, **hyper: Any) -> Transfer:
     torch.manual_seed(0)
-    net = Small((3, 4, 5), drop=drop).double()
+    net = Small((3, 4, 5), drop=drop, deep=deep).double()
     example = torch.zeros(1, 3, 16, 16, dtype=torch.float64)
     made = cls(net, 3, source=source(), example=example, **({"pairs": "0-0,2-2,2-0,0-1"} | hyper))
     torch.manual_seed(1)
@@ -466,13 +469,48 @@ def test_without_matching_it_is_plain_training() -> None:
         F.cross_entropy(plain(x), y).backward()
         own.step()
         own.zero_grad()
-    assert all(torch.allclose(p, q) for p, q in zip(method.net.parameters(), plain.parameters(), strict=True))
+    for p, q in zip(method.net.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(velocity(optimizer, p), own.state[q]["momentum_buffer"])
 
 
-def test_replay_sees_the_same_dropout() -> None:
+def velocity(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> Tensor:
+    found = next(each.state[weight] for each in single(optimizer) if weight in each.state)
+    return found["momentum_buffer"]
+
+
+def test_steps_ahead_leave_no_trace() -> None:
+    """Weights, velocity and statistics after a batch are those of a step without a look ahead, to the bit."""
+    looks, blind = build(), build(T=0)
+    first, second = (begin(each)[1] for each in (looks, blind))
+    (x, y) = batches(1)[0]  # later ones meet another φ
+    for method, optimizer in ((looks, first), (blind, second)):
+        method(x, y).total.backward()
+        optimizer.step()
+    assert looks.observe()["look_aheads"] == 1
+    for p, q in zip(looks._theta(), blind._theta(), strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(velocity(first, p), velocity(second, q))
+    for a, b in zip(looks.net.buffers(), blind.net.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+
+class Deep(nn.Module):
+    """Drops a whole block for some pictures, as stochastic depth does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        keep = torch.rand(len(x), 1, 1, 1, dtype=x.dtype) < 0.5
+        return x + keep * torch.tanh(x) / 0.5
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_replay_sees_the_same_dropout(deep: bool) -> None:
+    """And the same blocks, where stochastic depth leaves some out."""
     found = []
     for replay in (False, True):
-        method = build(drop=0.5, replay=replay)
+        method = build(drop=0.5, deep=deep, replay=replay)
         begin(method)
         torch.manual_seed(4)
         method(*batches(1)[0]).total.backward()
@@ -586,23 +624,54 @@ class Narrow(nn.Module):
         return self.fc(self.stage(x).mean((2, 3)))
 
 
-def test_it_finds_the_channels_that_tell_the_class() -> None:
-    torch.manual_seed(0)
-    method = L2TW(Narrow(), 2, source=Told(), example=torch.zeros(1, 3, 16, 16), pairs="0-0", meta_lr=0.02)
+class Noisy(nn.Module):
+    """The same, and a second stage that only passes the noise on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage = Told().stage
+        self.noise = nn.Conv2d(4, 3, 1, bias=False)
+        self.fc = nn.Linear(3, 2)
+        with torch.no_grad():
+            self.noise.weight.copy_(
+                torch.tensor([[0, 0, 1, 0], [0, 0, 0, 1], [0, 0, -0.7, 0]])[:, :, None, None]
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.noise(self.stage(x)).mean((2, 3)))
+
+
+def learnt(method: Transfer, batches: int, seed: int) -> list[Tensor]:
+    """What it chooses for the last of so many batches, in whose pictures two colours tell the class."""
     phase = next(iter(method.phases(1, [])))
     optimizer = phase.optimizer(torch.optim.SGD, lr=0.05, momentum=0.9)
-    made = torch.Generator().manual_seed(1)
-    x = torch.randn(16, 3, 16, 16, generator=made)
-    for _ in range(60):
-        y = torch.arange(16) % 2
+    made = torch.Generator().manual_seed(seed)
+    x, y = torch.empty(0), torch.arange(16) % 2
+    for _ in range(batches):
         x = torch.randn(16, 3, 16, 16, generator=made)
         x[:, 0] += (2.0 * y - 1)[:, None, None] * 0.3
         x[:, 1] -= (2.0 * y - 1)[:, None, None] * 0.3
         method(x, y).total.backward()
         optimizer.step()
         optimizer.zero_grad()
-    shares = method._source_says(x)[1][0].mean(0)
+    return method._source_says(x)[1]
+
+
+def test_it_finds_the_channels_that_tell_the_class() -> None:
+    torch.manual_seed(0)
+    method = L2TW(Narrow(), 2, source=Told(), example=torch.zeros(1, 3, 16, 16), pairs="0-0", meta_lr=0.02)
+    shares = learnt(method, 60, seed=1)[0].mean(0)
     assert shares[:2].sum().item() > 0.6  # of 0.5 at the start
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_useless_pair_counts_less_and_less(seed: int) -> None:
+    torch.manual_seed(seed)
+    example = torch.zeros(1, 3, 16, 16)
+    method = L2TWW(Narrow(), 2, source=Noisy(), example=example, pairs="0-0,1-0", what=False, meta_lr=0.02)
+    _, useful, _, useless = (each.mean().item() for each in learnt(method, 100, seed=1 + seed))
+    assert useless < 0.5  # of 1 at the start
+    assert useless < useful
 
 
 # ---------------------------------------------------------------- any two networks
@@ -620,7 +689,7 @@ def test_networks_of_any_kind(learns: str, teaches: str) -> None:
     torch.manual_seed(0)
     size = {"img_size": 32}
     net, other = (
-        timm.create_model(each, num_classes=7, **(size if "vit" in each else {}))
+        timm.create_model(each, num_classes=7, drop_path_rate=0.3, **(size if "vit" in each else {}))
         for each in (learns, teaches)
     )
     other = Viewed(other, given=([0.5] * 3, [0.5] * 3), own=([0.4] * 3, [0.3] * 3))
@@ -664,6 +733,12 @@ class FromAnother(L2TWW):
 def test_contract_with_another_network(check: str) -> None:
     make = next(make for shown, make in networks().items() if "test_resnet" in shown)
     run_check(check, {"resnet": Case(FromAnother, make())})
+
+
+@pytest.mark.slow
+def test_contract_with_another_network_on_ranks() -> None:
+    make = next(make for shown, make in networks().items() if "test_vit" in shown)
+    check_method(FromAnother, make_net=make, only=ON_RANKS)
 
 
 def test_the_source_is_seen_once() -> None:
@@ -711,13 +786,41 @@ def test_half_precision_with_scaled_losses_is_refused() -> None:
         method(*batches(1)[0])
 
 
-def test_out_of_memory_names_what_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["look_ahead", "maps_of", "to_size", "mismatch"])
+def test_out_of_memory_names_what_takes_it(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it happens: in the source, in making maps as large, in the steps ahead."""
     method = build()
     begin(method)
 
     def full(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("headstart.methods.select.l2t.look_ahead", full)
-    with pytest.raises(TrainingError, match="2 steps ahead with 4 pairs"):
+    monkeypatch.setattr(f"headstart.methods.select.l2t.{where}", full)
+    with pytest.raises(TrainingError, match=r"4 pairs, looking 2 steps ahead.*replay=true") as caught:
         method(*batches(1)[0])
+    assert "torch" not in str(caught.value)
+
+
+def test_says_which_networks_cannot_be_cut() -> None:
+    assert L2TWW.fits(Small((3, 4, 5)), {"img_size": 16}) is None
+    gray = nn.Sequential(
+        nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    )
+    assert L2TW.fits(gray, {"img_size": 16}) is None
+    reason = L2TW.fits(nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 2)), {"img_size": 16})
+    assert reason is not None and "cannot be cut" in reason
+
+
+def test_a_source_of_another_size_is_told() -> None:
+    import timm
+
+    torch.manual_seed(0)
+    net = timm.create_model("test_resnet", num_classes=7)
+    other = timm.models.VisionTransformer(64, 16, embed_dim=24, depth=2, num_heads=2)
+    with pytest.raises(MethodError, match=r"VisionTransformer cannot see pictures .*32"):
+        L2TWW(net, 3, source=other, example=torch.zeros(1, 3, 32, 32))
+
+
+def test_says_what_runs() -> None:
+    assert build().headline() == "l2t-ww matches 4 pairs of layers and looks 2 steps ahead"
+    assert build(pairs="1-1", meta_lr=0.0).headline() == "l2t-ww matches 1 pair of layers"

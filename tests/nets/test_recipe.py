@@ -83,3 +83,13 @@ def test_another_optimiser_gets_a_rate_of_its_own(name: str, other: OptimizerNam
     rate, decay = {"sgd": (0.003, 1e-4), "adamw": (3e-4, 0.05)}[other]
     assert turned == own.model_copy(update={"optimizer": other, "lr": rate, "weight_decay": decay})
     assert recipe(net, train_size=300, batch_size=32, optimizer=own.optimizer) == own
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_resnet"])
+def test_steps_that_are_foreseen_are_not_clipped(name: str) -> None:
+    """A clipped step is another than the one that a method looked ahead from."""
+    net = timm.create_model(name)
+    followed = recipe(net, train_size=300, batch_size=32, follows="sgd")
+    assert (followed.optimizer, followed.lr, followed.clip) == ("sgd", 0.003, None)
+    own = recipe(net, train_size=300, batch_size=32)
+    assert own.clip == (None if name == "test_resnet" else 1.0)

@@ -399,13 +399,47 @@ def test_a_method_that_foresees_one_optimiser_gets_it_with_its_rate(pictures: Pa
             ("l2t-ww", "l2t-ww", {}),
             ("asked", "l2t-ww", {"optimizer": "adamw"}),
             ("preset", "l2t-ww", {"preset": "paper"}),
+            ("clipped", "l2t-ww", {"clip": 2.0}),
         )
     }
+    assert recipes["clipped"].clip == 2.0
     assert (recipes["full"].optimizer, recipes["full"].lr) == ("adamw", 3e-4)
     assert (recipes["l2t-ww"].optimizer, recipes["l2t-ww"].lr) == ("sgd", 0.003)
     assert (recipes["asked"].optimizer, recipes["asked"].lr) == ("adamw", 3e-4)  # refused when it begins
     assert (recipes["preset"].optimizer, recipes["preset"].lr) == ("sgd", 0.1)
-    assert sum("foresees the steps of sgd" in line for line in said) == 1
+    assert sum("foresees the steps of sgd" in line for line in said) == 2  # where none was named
+
+
+def test_a_source_of_another_kind_sees_the_same_pictures_its_own_way(
+    pictures: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Another architecture, made for 64 pixels and other colours, is loaded at the run's size and viewed."""
+    import timm
+    from timm.models import save_for_hf
+
+    torch.manual_seed(1)
+    net = timm.create_model("test_efficientnet", num_classes=5)
+    config = {"input_size": [3, 64, 64], "mean": [0.4, 0.5, 0.6], "std": [0.2] * 3}
+    save_for_hf(net, tmp_path / "other", model_config={"pretrained_cfg": config}, safe_serialization=True)
+    given = asked(pictures, tiny_model, method="l2t-ww", source=str(tmp_path / "other"), epochs=1)
+    prepared = prepare(Run.asked(**given), say=lambda _: None)
+    assert prepared.source is not None
+    assert prepared.source.preprocess.size == prepared.pretrained.preprocess.size == 32
+    method = build(prepared)
+    x = torch.randn(2, 3, 32, 32)
+    own = (x * 0.25 + 0.5 - torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1)) / 0.2
+    torch.testing.assert_close(method.source.view(x), own)
+    torch.testing.assert_close(method.source(x), net.eval()(own))
+    said: list[str] = []
+
+    class Heard(Reporter):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    result = execute(prepared, tmp_path / "run", reporter=Heard())
+    assert result.status == "finished" and result.fingerprints is not None
+    assert result.fingerprints.other is not None
+    assert sum("pairs of layers and looks 2 steps ahead" in line for line in said) == 1
 
 
 def test_random_weights_are_the_seeds_and_every_methods_alike(pictures: Path, tiny_model: Path) -> None:

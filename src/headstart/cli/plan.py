@@ -57,7 +57,8 @@ def run(
         train_size=pictures,
         batch_size=asked_for.batch_size,
         pretrained=asked_for.pretrained,
-        optimizer=asked_for.optimizer or cls.follows,
+        optimizer=asked_for.optimizer,
+        follows=cls.follows,
     )
     recipe = asked_for.recipe(family)
     other = None

@@ -78,6 +78,7 @@ def recipe(
     batch_size: int,
     pretrained: bool = True,
     optimizer: OptimizerName | None = None,
+    follows: OptimizerName | None = None,
 ) -> Recipe:
     """The baseline recipe for this network on this much data.
 
@@ -92,8 +93,13 @@ def recipe(
         pretrained: whether it starts from weights that somebody trained.
         optimizer: another than the family's, with the rate and decay that belong to it: a rate for AdamW
             is a tenth of what SGD needs.
+        follows: the one whose steps a method foresees: taken unless another is asked for, and without
+            clipping, for a clipped step is not the one that was foreseen.
     """
     tuning = _tuning(net, train_size, batch_size)
+    optimizer = optimizer or follows
+    if follows is not None:
+        tuning = tuning.model_copy(update={"clip": None})
     if optimizer is not None and optimizer != tuning.optimizer:
         tuning = tuning.model_copy(update={"optimizer": optimizer} | _OTHERWISE[optimizer])
     return tuning if pretrained else tuning.model_copy(update={"lr": 10 * tuning.lr, "norm": "train"})

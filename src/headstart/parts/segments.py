@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from headstart.errors import MethodError, unknown
+from headstart.parts.blank import blank
 from headstart.parts.forward import Forward
 
 
@@ -123,6 +124,15 @@ def segments(net: nn.Module, example: Tensor) -> Segments:
         f"{type(net).__name__} cannot be cut into segments: it has no stage behind which a single tensor is "
         "live."
     )
+
+
+def uncuttable(net: nn.Module, size: int) -> str | None:
+    """Why a network cannot be cut behind its stages, for pictures of this size, in one line; None: it can."""
+    try:
+        segments(net, blank(net, size))
+    except MethodError as error:
+        return " ".join(str(error).split())
+    return None
 
 
 def pairs(

@@ -158,7 +158,8 @@ def prepare(run: Run, *, share: Prepared | None = None, say: Callable[[str], Non
         train_size=len(task.labels("train")),
         batch_size=effective.batch_size,
         pretrained=run.pretrained,
-        optimizer=effective.optimizer or cls.follows,
+        optimizer=effective.optimizer,
+        follows=cls.follows,
     )
     recipe = effective.recipe(family)
     if effective.optimizer is None and cls.follows is not None:
@@ -288,6 +289,9 @@ def _execute(prepared: Prepared, folder: Path, machine: Machine, reporter: Repor
     started = time.perf_counter()
     machine.start_memory()
     method = build(prepared)
+    headline = method.headline()
+    if headline is not None and machine.main and not run.trial:
+        reporter.say(headline)
     batches = training_batches(prepared, machine)
     place(method, batches, prepared, folder, machine)
     scored = ("val",) if run.trial else ("val", "test")

@@ -52,6 +52,7 @@ from torch import Tensor, nn
 from headstart.errors import MethodError
 from headstart.method import Batch, Data, Loss, Method, Phase, Preset, Room
 from headstart.parts.ablation import ablation_scores
+from headstart.parts.blank import blank
 from headstart.parts.gap import gap
 from headstart.parts.head import find_head, replace_head
 from headstart.parts.head_only import learn_head
@@ -196,9 +197,8 @@ class DELTA(Method):
     @classmethod
     def fits(cls, net: nn.Module, data: Mapping[str, int]) -> str | None:
         """None where the network can be looked at while it runs; layers can be named where none are found."""
-        channels = next((m.in_channels for m in net.modules() if isinstance(m, nn.Conv2d)), 3)
         try:
-            find_taps(net, torch.zeros(1, channels, data["img_size"], data["img_size"]))
+            find_taps(net, blank(net, data["img_size"]))
         except NoStages:
             return None
         except MethodError as error:

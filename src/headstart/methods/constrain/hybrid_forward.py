@@ -64,6 +64,7 @@ from torch import Tensor, nn
 from headstart.errors import MethodError
 from headstart.method import Data, Group, Loss, Method, Phase, Preset, Room
 from headstart.parts.balance import Balance, Rule
+from headstart.parts.blank import blank
 from headstart.parts.crossing import Crossing
 from headstart.parts.influence import influence
 from headstart.parts.kernels import is_kernel
@@ -263,9 +264,8 @@ class HybridForward(Method):
     @classmethod
     def fits(cls, net: nn.Module, data: Mapping[str, int]) -> str | None:
         """Whether the network can be cut into segments; a source is looked at when it is given."""
-        channels = next((m.in_channels for m in net.modules() if isinstance(m, nn.Conv2d)), 3)
         try:
-            found = segments(net, torch.zeros(1, channels, data["img_size"], data["img_size"]))
+            found = segments(net, blank(net, data["img_size"]))
         except MethodError as error:
             return " ".join(str(error).split())
         enough = len(found.boundaries) > 1

@@ -50,6 +50,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from headstart.errors import MethodError
 from headstart.method import Batch, Data, Group, Loss, Method, Phase, Preset, Room
+from headstart.parts.blank import blank
 from headstart.parts.budget import Budget, Kind
 from headstart.parts.coupling import find_coupling, stem_of
 from headstart.parts.cutting import cut
@@ -482,9 +483,8 @@ class TransTailor(Method):
         """Whether anything of the network can be cut, and torch-pruning is there to say what."""
         if data["classes"] < 2:
             return "it weighs filters by a classification loss; that needs two classes."
-        channels = next((m.in_channels for m in net.modules() if isinstance(m, nn.Conv2d)), 3)
         try:
-            find_coupling(net, find_head(net), torch.zeros(1, channels, data["img_size"], data["img_size"]))
+            find_coupling(net, find_head(net), blank(net, data["img_size"]))
         except MethodError as error:
             return " ".join(str(error).split())
         return None

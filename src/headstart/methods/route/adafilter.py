@@ -42,6 +42,7 @@ from torch.func import functional_call
 from headstart.errors import MethodError, unknown
 from headstart.method import Batch, Data, Group, Loss, Method, Phase, Room
 from headstart.parts import plain
+from headstart.parts.blank import blank
 from headstart.parts.filters import KINDS, Site, find_sites
 from headstart.parts.gated import FilterGate, Gated, merged
 from headstart.parts.head import find_head
@@ -269,8 +270,7 @@ class AdaFilter(Method):
     @classmethod
     def fits(cls, net: nn.Module, data: Mapping[str, int]) -> str | None:
         """Whether the network has layers to gate, and a forward that an export can be made of."""
-        channels = next((m.in_channels for m in net.modules() if isinstance(m, nn.Conv2d)), 3)
-        example = torch.zeros(1, channels, data["img_size"], data["img_size"])
+        example = blank(net, data["img_size"])
         try:
             sites = find_sites(net, find_head(net), example)
             plain.follow(net, [site.layer for site in sites], example)

@@ -49,6 +49,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from headstart.errors import MethodError
 from headstart.method import Data, Group, Loss, Method, Phase, Preset, Room
+from headstart.parts.blank import blank
 from headstart.parts.blocks import Blocks, find_blocks, replaced
 from headstart.parts.kernels import is_kernel
 from headstart.parts.routed import blend, partition, policy_network, preferences, routed
@@ -293,9 +294,8 @@ class SpotTune(Method):
     @classmethod
     def fits(cls, net: nn.Module, data: Mapping[str, int]) -> str | None:
         """Whether the network's forward can be followed and it has blocks to choose among."""
-        channels = next((m.in_channels for m in net.modules() if isinstance(m, nn.Conv2d)), 3)
         try:
-            find_blocks(net, torch.zeros(1, channels, data["img_size"], data["img_size"]))
+            find_blocks(net, blank(net, data["img_size"]))
         except MethodError as error:
             return " ".join(str(error).split())
         return None

@@ -32,7 +32,9 @@ Differs from the paper (where its text could not be checked, from the official c
   takes the epochs themselves.
 - the optimiser and the length are the run's. The code has RMSProp and stops when validation stands still.
 - one pair of layers, found where both networks have the same stride, in the middle of those there are.
-- without another network as source both start alike and there is no hint to follow: no epoch goes there.
+- without another network as source both start alike: staged, no epoch goes to a hint; joint, the hint only
+  holds the lower half where it started.
+- not offered: the hint phase's own early stopping by validation; hints for several layers.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ from headstart.parts.regressor import (
     resized,
     squared_distance,
 )
-from headstart.parts.segments import Segments, pairs, segments
+from headstart.parts.segments import Segments, pairs, segments, uncuttable
 from headstart.parts.space import Among, Between
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -93,7 +95,7 @@ class FitNets(Method):
         decay_in: what these two count: shares of the phase or epochs.
         head_lr: rate of the head and the regressor, × the run's. None: 10, as for `full`; 1 with another
             network as source, for then ours mostly starts from random weights and λ raises the head's
-            rate besides (resnet18 on clipart, 10 epochs, one seed: 44 % right with 1, 29 % with 10).
+            rate besides.
     """
 
     name = "fitnets"
@@ -356,6 +358,14 @@ class FitNets(Method):
         groups = [("kernels", kernels, 1.0), ("norms and biases", others, 0.0)]
         return [Group(f"regressor, {n}", each, self.head_lr, decay) for n, each, decay in groups if each]
 
+    def headline(self) -> str:
+        """Which mode runs, between which layers, and who teaches."""
+        guided, hint = self._ours.boundaries[0].name, self._theirs.boundaries[0].name
+        answers = "" if self.kd == "none" else f", answers of the source's {self.kd}"
+        if self._alone and self.mode == "staged":
+            return f"fitnets, staged: no other network as source, so no hint{answers}"
+        return f"fitnets, {self.mode}: the source's {hint} is the hint for {guided}{answers}"
+
     def observe(self) -> dict[str, Any]:
         """λ, where answers are distilled."""
         return {"lambda": round(float(self._lambda()), 4)} if "seen" in self.memory else {}
@@ -380,11 +390,7 @@ class FitNets(Method):
     @classmethod
     def fits(cls, net: nn.Module, data: Mapping[str, int]) -> str | None:
         """None where the network can be cut behind its stages, else why it cannot."""
-        try:
-            segments(net, torch.zeros(1, 3, data["img_size"], data["img_size"]))
-        except MethodError as error:
-            return str(error)
-        return None
+        return uncuttable(net, data["img_size"])
 
 
 def _width(head: nn.Module) -> int:

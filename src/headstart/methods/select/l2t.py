@@ -42,12 +42,14 @@ Differs from the paper, of which the official code is taken as the full statemen
 - l2t-ww[what=false] takes the mean over channels; the code, which never gets there, has their sum.
 - l2t-w[what=false] is feature matching: everything counts the same, nothing is looked ahead.
 - in several processes the steps ahead are those of the joined batch; the code knows one process.
+- not offered: a batch of its own for φ, another β or loss for the steps ahead, several sources. Pictures have
+  one size for both networks, and the source's maps are brought to ours bilinearly, as in the code.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, final
 
 import torch
@@ -69,7 +71,7 @@ from headstart.parts.matching import (
     spreads_of_ours,
     to_size,
 )
-from headstart.parts.segments import segments
+from headstart.parts.segments import segments, uncuttable
 from headstart.parts.space import Between
 
 _SHOWN = (
@@ -196,6 +198,16 @@ class Transfer(Method):
 
     def objective(self, x: Tensor, y: Tensor) -> Loss:
         """Task and matching loss; in a phase with its optimiser also the gradient of φ, by looking ahead."""
+        try:
+            return self._objective(x, y)
+        except torch.OutOfMemoryError as error:
+            ahead = f", looking {self.T} steps ahead" if self._learns else ""
+            raise TrainingError(
+                f"Out of memory: {self.name} matches {len(self.pairs)} pairs{ahead}. "
+                "Set fewer pairs, a smaller T or replay=true, or use a smaller --batch-size."
+            ) from error
+
+    def _objective(self, x: Tensor, y: Tensor) -> Loss:
         theirs, chosen = self._source_says(x)
         choices = [each.detach() for each in chosen]  # per pair shares [B, C] and strength [B]
         student = self._student()
@@ -211,13 +223,13 @@ class Transfer(Method):
         if not turn or self.T == 0:
             nothing = [torch.zeros_like(each) for each in self._phi]
             return loss._replace(total=planted(loss.total, self._phi, nothing))
-        try:
-            return self._look(loss, student, (x, y), goals, chosen)
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(
-                f"Out of memory while {self.name} looked {self.T} steps ahead with {len(self.pairs)} pairs. "
-                "Set replay=true, fewer pairs or a smaller T, or use a smaller --batch-size."
-            ) from error
+        return self._look(loss, student, (x, y), goals, chosen)
+
+    def headline(self) -> str:
+        """How many pairs of layers, and how far it looks ahead."""
+        n = len(self.pairs)
+        matched = f"{self.name} matches {n} pair{'s' if n > 1 else ''} of layers"
+        return f"{matched} and looks {self.T} steps ahead" if self._learns else matched
 
     def observe(self) -> dict[str, Any]:
         """What φ chose lately, pair by pair; how often it was looked ahead, and how often in vain."""
@@ -230,6 +242,11 @@ class Transfer(Method):
         ]
         _, looked, lost = self.memory["batches"].tolist()
         return {"pairs": pairs, "look_aheads": looked, "lost": lost}
+
+    @classmethod
+    def fits(cls, net: nn.Module, data: Mapping[str, int]) -> str | None:
+        """None where the network can be cut behind its stages, else why it cannot."""
+        return uncuttable(net, data["img_size"])
 
     # ------------------------------------------------------------------ matching
 
