@@ -221,9 +221,10 @@ class FitNets(Method):
         """The task, the hint where both go together, and the answers of a teacher where there is one."""
         joint, taught = self.mode == "joint", self.kd == "logits" or "head_weight" in self.memory
         terms: dict[str, Tensor] = {}
+        # The source first: what it needed is free again before our own maps have to be kept for backward.
+        theirs = self._to_hint(x) if joint or taught else None
         middle = self._ours.run(0, x) if joint else None
         logits = self.net(x) if middle is None else self._ours.run(1, middle)  # [B, K]
-        theirs = self._to_hint(x) if joint or taught else None
         if middle is not None and theirs is not None:
             terms["hint"] = self._hint_loss(middle, theirs)
         if taught and theirs is not None:
@@ -238,8 +239,9 @@ class FitNets(Method):
 
     def _follow_hint(self, x: Tensor, y: Tensor) -> Loss:
         """The network up to the guided layer, the source up to the hint layer, and no labels."""
+        theirs = self._to_hint(x)  # first, as above
         middle = self._ours.run(0, x)
-        hint = self._hint_loss(middle, self._to_hint(x))
+        hint = self._hint_loss(middle, theirs)
         if self._fresh:  # a fresh head is zero, does not learn here, and says the same of everything
             logits = hint.new_zeros(len(x), _width(self.head_module))
         else:
