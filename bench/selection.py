@@ -6,9 +6,9 @@ with its ImageNet weights. `scratch` has no source; `l2t-w[what=false]` is featu
 channels and all pairs of layers count the same: stage to stage of equal stride, or all the pairs that l2t-ww
 has.
 
-Equal epochs: all as many, and some of them once more with the matching weighed
-otherwise. Equal time: as many epochs as fit in the time that so many of l2t-ww take; what an
-epoch takes is measured first, each method alone on the machine.
+Equal epochs: all as many, and some of them once more with the matching weighed otherwise. Equal time: as many
+epochs as fit in the time that so many of l2t-ww take; what an epoch takes is measured first, each method
+alone on the machine.
 
 Nothing is judged by who wins. What is: that the times at equal time were equal. Told besides: whether l2t-ww
 beats matching everything equally, with the interval of the difference; and what fine-tuning the source itself

@@ -80,7 +80,7 @@ class FitNets(Method):
         pair: guided and hint layer by name, as in "layer2,blocks.2". Empty: the middle one of the pairs with
             equal strides.
         beta: β, weight of the hint. 0.5: L2T-ww's weight of matched features (RepDistiller: 100). Jointly, 5
-            was worth 2 to 6 points where it was measured (docs/evidence.md): search it.
+            gave 2 and 5 points more where both were measured (docs/evidence.md): search it.
         norm_maps: divide the maps of both networks by their spread over the training pictures before the
             first step, so that β means the same whatever the networks. On: ours.
         reduction: "mean" over channels and positions (ours), or their "sum", as the loss is usually written.
