@@ -13,6 +13,7 @@ import sys
 import textwrap
 import time
 from collections import Counter
+from collections.abc import Iterator
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -107,26 +108,27 @@ def test_sixty_runs_survive_twenty_kills(tmp_path: Path) -> None:
     gate.touch()
     killed = Counter[str]()
     driver = None
-    for who in order:
-        with gate.open("ab") as file:
-            file.write(b"." * STRIDE)
-        if driver is None:
-            driver = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
-        gets_on(driver, log, rng.randint(1, STRIDE // 2))
-        time.sleep(rng.random() * 0.1)
-        if who == "driver":
-            driver.kill()
-            assert driver.wait() == -signal.SIGKILL
-            driver = None
-        else:
-            # Mostly the one that has lived longer: a run whose process dies three times in a row without an
-            # epoch in between is given up, as it should be.
-            alive = at_work(driver)
-            (alive[0] if rng.random() < 0.75 else alive[-1]).kill()
-        killed[who] += 1
-    gate.unlink()
-    if driver is not None:
-        assert driver.wait(120) == 0
+    with contextlib.ExitStack() as drivers:
+        for who in order:
+            with gate.open("ab") as file:
+                file.write(b"." * STRIDE)
+            if driver is None:
+                driver = drivers.enter_context(started(script))
+            gets_on(driver, log, rng.randint(1, STRIDE // 2))
+            time.sleep(rng.random() * 0.1)
+            if who == "driver":
+                driver.kill()
+                assert driver.wait() == -signal.SIGKILL
+                driver = None
+            else:
+                # Mostly the one that has lived longer: a run whose process dies three times in a row without
+                # an epoch in between is given up, as it should be.
+                alive = at_work(driver)
+                (alive[0] if rng.random() < 0.75 else alive[-1]).kill()
+            killed[who] += 1
+        gate.unlink()
+        if driver is not None:
+            assert driver.wait(120) == 0
     compare("pictures", out=out, executor=Quick(log=str(log)), jobs=1, **ASKED)
     assert killed == KILLS
     assert table(out) == table(whole)
@@ -138,6 +140,11 @@ def test_sixty_runs_survive_twenty_kills(tmp_path: Path) -> None:
     assert repeated <= 2 * killed["driver"] + killed["worker"]
 
 
+def epochs(out: Path) -> int:
+    """How many epochs its runs have trained so far."""
+    return sum(map(lines, out.glob("runs/*/metrics.jsonl")))
+
+
 def gets_on(driver: subprocess.Popen[bytes], log: Path, epochs: int) -> None:
     """Wait until so many more epochs were trained."""
     enough, until = lines(log) + epochs, time.monotonic() + 120
@@ -146,8 +153,22 @@ def gets_on(driver: subprocess.Popen[bytes], log: Path, epochs: int) -> None:
         time.sleep(0.005)
 
 
+@contextlib.contextmanager
+def started(script: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A driver, which does not outlive a test that fails."""
+    driver = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+    try:
+        yield driver
+    finally:
+        driver.kill()
+        driver.wait()
+
+
 def at_work(driver: subprocess.Popen[bytes]) -> list[Any]:
-    """Its worker processes, the oldest first; one that was killed and not yet missed is none of them."""
+    """Its worker processes, the oldest first, and at least one of them.
+
+    None of them is one that was killed and not yet missed, or what the driver asks about the machine.
+    """
     import psutil
 
     until = time.monotonic() + 60
@@ -155,21 +176,12 @@ def at_work(driver: subprocess.Popen[bytes]) -> list[Any]:
         found = []
         for child in psutil.Process(driver.pid).children():
             with contextlib.suppress(psutil.NoSuchProcess):
-                if child.status() != psutil.STATUS_ZOMBIE:
+                if child.status() != psutil.STATUS_ZOMBIE and worker.__name__ in child.cmdline():
                     found.append((child.create_time(), child.pid, child))
         if found:
             return [child for _, _, child in sorted(found, key=lambda each: each[:2])]
         assert driver.poll() is None and time.monotonic() < until
         time.sleep(0.005)
-
-
-def children(pid: int) -> list[int]:
-    import psutil
-
-    try:
-        return [child.pid for child in psutil.Process(pid).children()]
-    except psutil.NoSuchProcess:
-        return []
 
 
 class Deadly(Quick):
@@ -241,17 +253,17 @@ def test_real_runs_survive_kills(pictures: Path, tiny_model: Path, tmp_path: Pat
         f"compare({str(pictures)!r}, out={str(out)!r}, **{asked!r})\n"
     )
     for victim in ("driver", "worker"):
-        driver = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
-        until = time.monotonic() + 120
-        while driver.poll() is None and not (any(out.glob("runs/*/last.pt")) and children(driver.pid)):
-            assert time.monotonic() < until
-            time.sleep(0.02)
-        assert driver.poll() is None
-        os.kill(children(driver.pid)[0] if victim == "worker" else driver.pid, signal.SIGKILL)
-        if victim == "driver":
-            driver.wait()
-        else:
-            assert driver.wait(240) == 0
+        before, until = epochs(out), time.monotonic() + 120
+        with started(script) as driver:
+            while epochs(out) == before:
+                assert driver.poll() is None and time.monotonic() < until
+                time.sleep(0.02)
+            if victim == "driver":
+                driver.kill()
+                assert driver.wait() == -signal.SIGKILL
+            else:
+                at_work(driver)[0].kill()
+                assert driver.wait(240) == 0
     timed = {"seconds", "peak_memory_mb", "ms_per_image"}
 
     def told(folder: Path) -> list[dict[str, str]]:
