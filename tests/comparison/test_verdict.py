@@ -9,6 +9,7 @@ from headstart.comparison.ledger import Entry
 from headstart.comparison.runner import Comparison, compare
 from headstart.comparison.statistics import wilson
 from headstart.comparison.verdict import Verdict, judge, read
+from headstart.errors import TrainingError
 from headstart.records import Run
 
 
@@ -57,6 +58,29 @@ def test_the_baseline_may_be_the_one_to_take(tmp_path: Path) -> None:
         "Take full (61 s a run): every other method is worse on the 3 splits' 400 test pictures each. "
         "probe is worse: -30.0"
     )
+
+
+@pytest.mark.parametrize("seeds_of_probe", [{0, 1}, {0, 1, 2}])
+def test_nothing_is_said_of_methods_that_share_no_repetition(
+    tmp_path: Path, seeds_of_probe: set[int]
+) -> None:
+    seeds = {"probe": seeds_of_probe, "full": {2, 3}, "lp-ft": {0, 1}}
+
+    def before(run: Run) -> None:
+        if run.seed not in seeds[run.method]:
+            raise TrainingError("Out of memory.")
+
+    world = MadeUp(exact=True, n=400, before=before)
+    world.right |= {"probe": 0.9, "full": 0.6, "lp-ft": 0.7}
+    found = judged(tmp_path, world, seeds=4)
+    assert found.verdict.startswith("Take probe")
+    if seeds_of_probe == {0, 1}:
+        assert found.verdict.startswith(
+            "Take probe, the best on validation (4.0 s a run). lp-ft is worse: -20.0 "
+        )
+        assert found.verdict.endswith(" full finished no repetition together with it: not compared.")
+    else:
+        assert "not compared" not in found.verdict
 
 
 def test_the_test_split_has_no_say_in_what_is_taken(tmp_path: Path) -> None:

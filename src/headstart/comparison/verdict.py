@@ -325,23 +325,27 @@ class _Judge:
         better = sorted((d, label) for label, d in against.items() if d is not None and d.sign > 0)
         worse = sorted((d, label) for label, d in against.items() if d is not None and d.sign < 0)
         tied = [label for label, d in against.items() if d is not None and d.sign == 0]
+        apart = [label for label, d in against.items() if d is None]
+        over = None if chosen == self.baseline else self.test.difference(chosen, self.baseline)
         if better:
             gap, best = better[-1]
-            return self._overruled(chosen, leader, best, gap)
-        over = None if chosen == self.baseline else self.test.difference(chosen, self.baseline)
-        if over is not None and over.sign > 0:
+            text = self._overruled(chosen, leader, best, gap)
+        elif over is not None and over.sign > 0:
             text = f"Take {chosen}: {self._gap(over, self.baseline)}{self._times(chosen, self.baseline)}."
             if tied:
                 text += f" Not told apart from it on the test pictures: {_listed(tied)}."
-            return text
-        if tied:
-            text = self._tie(chosen, leader, tied)
         else:
-            text = (
-                f"Take {chosen}{self._cost(chosen)}: every other method is worse on {self._pictures('test')}."
-            )
-        for gap, label in worse:
-            text += f" {label} is worse: {self._gap(gap)}."
+            if tied:
+                text = self._tie(chosen, leader, tied)
+            elif apart:
+                text = f"Take {chosen}, {_how(chosen, leader)} on validation{self._cost(chosen)}."
+            else:
+                everywhere = self._pictures("test")
+                text = f"Take {chosen}{self._cost(chosen)}: every other method is worse on {everywhere}."
+            for gap, label in worse:
+                text += f" {label} is worse: {self._gap(gap)}."
+        if apart:
+            text += f" {_listed(apart)} finished no repetition together with it: not compared."
         return text
 
     def _unclaimed(self, chosen: str, leader: str) -> str:
@@ -381,11 +385,10 @@ class _Judge:
         return f"{text}.{seen} have been seen." if seen else f"{text}."
 
     def _overruled(self, chosen: str, leader: str, best: str, gap: Interval) -> str:
-        how = "the best" if chosen == leader else f"the cheapest of those that tie with {leader}"
         return (
-            f"Take {chosen}, {how} on validation{self._cost(chosen)}. But on {self._pictures('test')} {best} "
-            f"is better: {self._gap(gap)}{self._times(best, chosen)}. More seeds or validation pictures "
-            "would settle it."
+            f"Take {chosen}, {_how(chosen, leader)} on validation{self._cost(chosen)}. "
+            f"But on {self._pictures('test')} {best} is better: {self._gap(gap)}{self._times(best, chosen)}. "
+            "More seeds or validation pictures would settle it."
         )
 
     # ------------------------------------------------------------------ words and numbers
@@ -508,6 +511,10 @@ def _range(interval: Interval | None) -> Range | None:
     if interval is None:
         return None
     return Range(**{name: round(value, 6) for name, value in interval._asdict().items()})
+
+
+def _how(chosen: str, leader: str) -> str:
+    return "the best" if chosen == leader else f"the cheapest of those that tie with {leader}"
 
 
 def _listed(labels: Sequence[str]) -> str:
