@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from headstart.disk import LOCK, alone, read_json, whole, write_json, write_text
+from headstart.disk import LOCK, alone, cache_dir, read_json, whole, write_json, write_text
 from headstart.errors import OutputError
 
 
@@ -92,3 +92,13 @@ def test_a_disk_without_locks_is_used_without(tmp_path: Path, monkeypatch: pytes
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot be written to"), alone(tmp_path / "nowhere", "run"):
         pass
+
+
+def test_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "own"))
+    assert cache_dir() == tmp_path / "own"
+    monkeypatch.delenv("HEADSTART_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/x")
+    assert cache_dir() == Path.home() / "x" / "headstart"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_dir() == Path.home() / ".cache" / "headstart"

@@ -1,10 +1,11 @@
-"""Files that are whole or not there, and folders that one process works in at a time."""
+"""Files that are whole or not there, folders that one process works in, and where the cache lies."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,14 @@ LOCK = ".lock"
 """Lies in a folder that `alone` was held in: an empty file, without meaning once its process has ended."""
 
 
+def cache_dir() -> Path:
+    """Where lies what can be made again: $HEADSTART_CACHE, else headstart in $XDG_CACHE_HOME or ~/.cache."""
+    own = os.environ.get("HEADSTART_CACHE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "headstart"
+
+
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A path to write to that becomes `path` when all is written and on the disk, or never.
@@ -22,7 +31,7 @@ def whole(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: it cannot be written; what was there before is still there.
     """
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         yield fresh
         with fresh.open("rb") as file:

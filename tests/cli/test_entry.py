@@ -147,16 +147,6 @@ def test_a_bug_is_one_line_and_a_file(typed: Typed, monkeypatch: pytest.MonkeyPa
     assert "Traceback" in details.read_text() and "ZeroDivisionError" in details.read_text()
 
 
-def test_errors_lie_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    from headstart.data.cache import cache_dir
-
-    assert outcome._cache_dir() == cache_dir()
-    monkeypatch.delenv("HEADSTART_CACHE")
-    assert outcome._cache_dir() == cache_dir()
-    monkeypatch.setenv("XDG_CACHE_HOME", "~/x")
-    assert outcome._cache_dir() == cache_dir() == Path.home() / "x" / "headstart"
-
-
 def test_a_bug_where_no_cache_can_be_written(
     typed: Typed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -20,7 +20,9 @@ import pytest
 from PIL import Image
 
 from headstart.data import cache as module
-from headstart.data.cache import Pictures, cache_dir, inspect
+from headstart.data import facts
+from headstart.data.cache import Pictures
+from headstart.data.facts import inspect
 from headstart.data.picture import open_picture
 from headstart.data.preprocess import Preprocess
 from headstart.errors import DataError, OutputError
@@ -51,7 +53,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
         raise AssertionError("this should not be needed")
 
     for name in names:
-        monkeypatch.setattr(module, name, refuse)
+        monkeypatch.setattr(facts, name, refuse)
 
 
 def check(pictures: Pictures, files: list[Path]) -> None:
@@ -332,16 +334,6 @@ def test_near_duplicates_are_facts(files: list[Path], tmp_path: Path) -> None:
     # The network's input size has no say in what is a duplicate.
     other = Pictures.build(files[0].parent, files, Preprocess(size=9), cache=tmp_path / "c")
     assert other.facts.near == first.facts.near
-
-
-def test_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "own"))
-    assert cache_dir() == tmp_path / "own"
-    monkeypatch.delenv("HEADSTART_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_dir() == tmp_path / "xdg" / "headstart"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_dir() == Path.home() / ".cache" / "headstart"
 
 
 def test_store_of_another_format_is_rebuilt(files: list[Path], tmp_path: Path) -> None:

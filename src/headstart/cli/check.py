@@ -48,7 +48,7 @@ def run(
 
     from headstart.cli.progress import counting
     from headstart.data.audit import audit
-    from headstart.data.cache import inspect
+    from headstart.data.facts import inspect
     from headstart.data.folder import SPLITS, scan
     from headstart.data.splits import split
 

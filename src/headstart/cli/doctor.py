@@ -102,7 +102,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _cache() -> dict[str, Any]:
-    from headstart.data.cache import cache_dir
+    from headstart.disk import cache_dir
 
     folder = cache_dir()
     there = next(each for each in (folder, *folder.parents) if each.exists())

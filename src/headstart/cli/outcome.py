@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from headstart.cli import INTERRUPTED
+from headstart.disk import cache_dir
 
 GOOD, MISTAKE, SOME_FAILED = 0, 1, 2
 
@@ -117,7 +118,7 @@ def _note(error: Exception) -> Path:
     text = "".join(traceback.format_exception(error))
     head = f"{shlex.join(['headstart', *typed.get()])}\nPython {sys.version}\n\n"
     name = f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
-    for folder in (_cache_dir() / "errors", Path(tempfile.gettempdir())):
+    for folder in (cache_dir() / "errors", Path(tempfile.gettempdir())):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(head + text, encoding="utf-8")
@@ -125,14 +126,6 @@ def _note(error: Exception) -> Path:
             continue
         return folder / name
     return Path("(no file could be written; set HEADSTART_DEBUG=1 to see them)")
-
-
-def _cache_dir() -> Path:
-    """As `headstart.data.cache.cache_dir`, which would load torch."""
-    own = os.environ.get("HEADSTART_CACHE")
-    if own:
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "headstart"
 
 
 def _show_if_debugging(error: Exception) -> None:

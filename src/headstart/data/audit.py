@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
-from headstart.data.cache import Facts, Progress, inspect
+from headstart.data.facts import Facts, Progress, inspect
 from headstart.data.folder import SPLITS, Table
 from headstart.records import Record
 

@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from headstart.data.cache import Say, cache_dir
+from headstart.data.cache import Say
 from headstart.data.picture import EXTENSIONS
+from headstart.disk import cache_dir
 from headstart.errors import ConfigError, OutputError, Unreachable, unknown
 
 MARK = ".headstart-data.json"

@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
-from headstart.data.cache import Pictures, Progress, Say, quiet
+from headstart.data.cache import Pictures, Say, quiet
+from headstart.data.facts import Progress
 from headstart.data.folder import SPLITS, Table, scan
 from headstart.data.picture import Unreadable
 from headstart.data.preprocess import Preprocess

@@ -20,9 +20,8 @@ from torch import nn
 
 from headstart import registry
 from headstart.data.audit import audit
-from headstart.data.cache import cache_dir
 from headstart.data.loader import Task, Train, load
-from headstart.disk import read_json, write_json
+from headstart.disk import cache_dir, read_json, write_json
 from headstart.errors import ConfigError, HeadstartError, MethodError, OutputError, TrainingError
 from headstart.method import Method
 from headstart.nets import recipe as recipes
