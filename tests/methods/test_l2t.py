@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
 from typing import Any, ClassVar
 
@@ -799,6 +800,27 @@ def test_out_of_memory_names_what_takes_it(where: str, monkeypatch: pytest.Monke
     with pytest.raises(TrainingError, match=r"4 pairs, looking 2 steps ahead.*replay=true") as caught:
         method(*batches(1)[0])
     assert "torch" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "advice"),
+    [
+        ({"meta_lr": 0.0}, "4 pairs. Set fewer pairs, or use a smaller --batch-size."),
+        ({"replay": True}, "4 pairs, looking 2 steps ahead. Set fewer pairs, a smaller T, or use a smaller"),
+    ],
+)
+def test_out_of_memory_advises_what_can_help(
+    asked: dict[str, Any], advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = build(**asked)
+    begin(method)
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("headstart.methods.select.l2t.to_size", full)
+    with pytest.raises(TrainingError, match=re.escape(advice)):
+        method(*batches(1)[0])
 
 
 def test_says_which_networks_cannot_be_cut() -> None:

@@ -201,10 +201,13 @@ class Transfer(Method):
         try:
             return self._objective(x, y)
         except torch.OutOfMemoryError as error:
-            ahead = f", looking {self.T} steps ahead" if self._learns else ""
+            ahead, less = "", ""
+            if self._learns and self.T:
+                ahead = f", looking {self.T} steps ahead"
+                less = ", a smaller T" if self.replay else ", a smaller T or replay=true"
             raise TrainingError(
                 f"Out of memory: {self.name} matches {len(self.pairs)} pairs{ahead}. "
-                "Set fewer pairs, a smaller T or replay=true, or use a smaller --batch-size."
+                f"Set fewer pairs{less}, or use a smaller --batch-size."
             ) from error
 
     def _objective(self, x: Tensor, y: Tensor) -> Loss:
