@@ -130,9 +130,9 @@ def standing(**more: Any) -> Standing:
 
 
 def test_where_a_comparison_stands_in_a_line() -> None:
-    assert standing().said == "3.2 min spent, about 11.7 min left; 1 failed; leads on val: lp-ft 0.842"
-    assert standing(left=None, failed=0, leader=None).said == "3.2 min spent"
-    assert standing(spent=7300.0, done=8).said.startswith("2.0 h spent; 1 failed")
+    assert standing().said == "3.2 min of training, about 11.7 min left; 1 failed; leads on val: lp-ft 0.842"
+    assert standing(left=None, failed=0, leader=None).said == "3.2 min of training"
+    assert standing(spent=7300.0, done=8).said.startswith("2.0 h of training; 1 failed")
     told = io.StringIO()
     lines = Lines(told)
     for each in (standing(done=0), standing(), standing(), standing(done=4)):

@@ -27,8 +27,8 @@ class Standing(NamedTuple):
 
     @property
     def said(self) -> str:
-        """'3.2 min spent, about 12.0 min left; leads on val: full 0.840'"""
-        text = f"{duration(self.spent)} spent"
+        """'3.2 min of training, about 12.0 min left; leads on val: full 0.840'"""
+        text = f"{duration(self.spent)} of training"
         if self.left is not None and self.done < self.total:
             text += f", about {duration(self.left)} left"
         if self.failed:
