@@ -23,7 +23,7 @@ from quick import Far, Located, Quick
 from headstart.comparison.crew import Here, Task
 from headstart.comparison.runner import compare
 from headstart.errors import ConfigError, Unreachable
-from headstart.records import Run
+from headstart.records import Result, Run
 from headstart.training.events import Reporter
 
 ray = pytest.importorskip("ray", reason="Ray is the extra 'cluster'")
@@ -78,17 +78,9 @@ def test_a_lost_machine_costs_its_runs_alone(machines: Any, tmp_path: Path) -> N
 
     with ThreadPoolExecutor(1) as beside:
         losing = beside.submit(lose)
-        found = compare(
-            *("pictures",),
-            out=out,
-            executor=Located(
-                pause=0.5, diary=str(diary)
-            ),  # two seconds a run: it is lost in the midst of one
-            on="ray",
-            address=machines.address,
-            jobs=4,
-            **ASKED,
-        )
+        # Two seconds a run, so that the machine is lost in the midst of one.
+        there: dict[str, Any] = {"executor": Located(pause=0.5, diary=str(diary)), "jobs": 4}
+        found = compare("pictures", out=out, on="ray", address=machines.address, **there, **ASKED)
         losing.result()
     assert found.failed == []
     assert (out / "results.csv").read_text() == (tmp_path / "whole" / "results.csv").read_text()
@@ -107,6 +99,20 @@ def noted(diary: Path, what: str, node: str) -> list[str]:
     return [name for begins_or_ends, name, at in lines if (begins_or_ends, at) == (what, node)]
 
 
+class Rows(Reporter):
+    """Keeps which run it was told of, and what came of it."""
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[int, int]] = []
+        self.rows: list[Result] = []
+
+    def run(self, name: str, index: int, total: int) -> None:
+        self.begun.append((index, total))
+
+    def row(self, result: Result) -> None:
+        self.rows.append(result)
+
+
 @pytest.mark.slow
 def test_real_runs_on_machines_without_the_files(
     machines: Any, pictures: Path, tiny_model: Path, tmp_path: Path
@@ -117,9 +123,12 @@ def test_real_runs_on_machines_without_the_files(
     asked: dict[str, Any] = {"methods": "full", "splits": 1, "seeds": 2, "epochs": 1, "batch_size": 8}
     asked |= {"model": str(model), "device": "cpu", "channels_last": False}
     compare(str(pictures), out=tmp_path / "here", jobs=1, **asked)
-    there = {"executor": Far(), "on": "ray", "address": machines.address, "jobs": 2}
+    told = Rows()  # one run after the other, and yet none tells what happens as one does here
+    there = {"executor": Far(), "on": "ray", "address": machines.address, "jobs": 1, "reporter": told}
     found = compare(str(pictures), out=tmp_path / "there", **there, **asked)
     assert found.failed == []
+    assert told.begun == [(1, 2), (2, 2)]
+    assert [result.seed for result in told.rows] == [0, 1]
     assert not pictures.exists()
     assert not model.exists()
     runs = sorted(each.name for each in (tmp_path / "here" / "runs").iterdir())

@@ -17,8 +17,8 @@ from headstart.parts.ablation import Rest, ablation_scores
 from headstart.parts.taps import Tap, find_taps
 
 NETS: dict[str, tuple[int, dict[str, Any]]] = {
-    "resnet18": (64, {}),
-    "tf_efficientnet_lite0": (64, {}),
+    "resnet18": (32, {}),
+    "tf_efficientnet_lite0": (32, {}),
     "test_convnext": (32, {}),
     "test_vit": (32, {"img_size": 32}),
 }

@@ -123,6 +123,8 @@ def _join(ray: Any, address: str, options: dict[str, Any]) -> None:
 class Cluster:
     """A crew of machines."""
 
+    tells = False
+
     def __init__(
         self,
         executor: Executor,

@@ -117,6 +117,11 @@ class Crew(Protocol):
         ...
 
     @property
+    def tells(self) -> bool:
+        """Whether a run tells the reporter how it goes; else that is told of when it is over."""
+        ...
+
+    @property
     def busy(self) -> int:
         """How many are."""
         ...
@@ -143,6 +148,7 @@ class Alone:
     """This process, one run after another."""
 
     size = 1
+    tells = True
 
     def __init__(self, executor: Executor, reporter: Reporter) -> None:
         self.executor, self.reporter = executor, reporter

@@ -40,6 +40,8 @@ class _Worker:
 class Processes:
     """A crew of worker processes; they are started when they are needed."""
 
+    tells = False
+
     def __init__(
         self, executor: Executor, reporter: Reporter, *, jobs: int, device: str, lock: Path | None = None
     ) -> None:

@@ -240,7 +240,7 @@ class Walk:
                     reason = f"{folder} has no finished result, though the run ended."
             except Unusable as error:
                 reason = f"{folder} ended, but {error}."
-        if self.crew.size > 1:  # else the run has told all this itself
+        if not self.crew.tells:
             self._announce(ended.task.name, begun=False)
             self.reporter.history(epochs_of(folder))
             if found is not None:
@@ -396,9 +396,9 @@ class Walk:
     # ------------------------------------------------------------------ what is told
 
     def _announce(self, name: str, *, begun: bool = True) -> None:
-        """Say which run it is: when it begins, or, where several do at once, when it is over."""
+        """Say which run it is: when it begins, or, where runs tell nothing themselves, when it is over."""
         self._begun += begun
-        if begun is (self.crew.size == 1):
+        if begun is self.crew.tells:
             total = self.books.total()
             self.reporter.run(name, min(self._begun, total), total)
 
