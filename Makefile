@@ -10,7 +10,7 @@ demo: $(VENV)/installed  ## the main job on real pictures: compare, choose, pred
 	$(BIN)/headstart demo --out demo-out
 
 test: $(VENV)/installed-dev lint  ## lint, types, tests, coverage
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=90
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

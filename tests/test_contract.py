@@ -48,6 +48,7 @@ def test_contract(cls: type[Method], name: str, cases: dict[str, dict[str, Case]
     run_check(name, cases[cls.name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ON_RANKS)
 @pytest.mark.parametrize("cls", METHODS, ids=lambda cls: cls.name)
 def test_contract_on_ranks(

@@ -132,6 +132,7 @@ def test_it_is_planned(installed: Path) -> None:
     assert "all" in said
 
 
+@pytest.mark.slow
 def test_it_trains_through_the_command_line(installed: Path, network: Path, tmp_path: Path) -> None:
     data, out = paint(tmp_path / "pictures", per_class=10), tmp_path / "out"
     run(

@@ -190,6 +190,7 @@ def test_seeds() -> None:
         _numbers("seeds", None)
 
 
+@pytest.mark.slow
 def test_everything_at_once(typed: Typed, pictures: Path, net: Path, tmp_path: Path) -> None:
     """Searched, on two splits, with fewer labels too, and a curve; then the same line trains nothing."""
     out = tmp_path / "compared"

@@ -246,7 +246,7 @@ def test_real_runs_survive_kills(pictures: Path, tiny_model: Path, tmp_path: Pat
     asked: dict[str, Any] = {"methods": "full,l2-sp", "seeds": 1, "splits": 1, "epochs": 4, "trials": 2}
     asked |= {"model": str(tiny_model), "img_size": 32, "batch_size": 8, "device": "cpu", "jobs": 2}
     asked |= {"channels_last": False}
-    compare(str(pictures), out=tmp_path / "whole", **asked)
+    compare(str(pictures), out=tmp_path / "whole", **{**asked, "jobs": 1})
     out = tmp_path / "out"
     script = (
         "from headstart.comparison.runner import compare\n"

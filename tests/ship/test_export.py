@@ -60,6 +60,7 @@ def some(pictures: Path, n: int = 12) -> list[Path]:
     return sorted(pictures.rglob("0*.png"))[:: max(1, 180 // n)][:n]
 
 
+@pytest.mark.slow
 def test_every_form_is_there_and_verified(shipped: Shipped) -> None:
     names = {path.name for path in shipped.out.iterdir()}
     assert names == {

@@ -343,6 +343,7 @@ headstart.train(data, out=out, model=model, method="lp-ft", epochs=6, batch_size
 """
 
 
+@pytest.mark.slow
 def test_killed_hard_and_resumed_is_bit_equal(pictures: Path, tiny_model: Path, tmp_path: Path) -> None:
     def start(out: Path) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", SCRIPT, str(pictures), str(tiny_model), str(out)]

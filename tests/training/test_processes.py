@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_network(pictures: Path, tiny_model: Path, tmp_path: Path) -> None:
     losses = {}
     for processes in (1, 2):

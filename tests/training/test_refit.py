@@ -166,6 +166,7 @@ def test_what_cannot_be_refitted(prepared: Prepared, tmp_path: Path, monkeypatch
     assert Result.read(out / "result.json").refit is None
 
 
+@pytest.mark.slow
 def test_from_python_and_for_the_winner_of_a_comparison(
     pictures: Path, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -81,10 +81,7 @@ class Here:
         """See `headstart.training.job.execute`."""
         from headstart.training import job
 
-        try:
-            return job.execute(prepared, folder, resume=resume, overwrite=overwrite, reporter=reporter)
-        finally:
-            free_memory()
+        return job.execute(prepared, folder, resume=resume, overwrite=overwrite, reporter=reporter)
 
 
 @dataclass(frozen=True)
@@ -175,7 +172,8 @@ class Alone:
         return attempt(self.executor, task, prepared, self.reporter)
 
     def close(self) -> None:
-        """Nothing is under way."""
+        """Nothing is under way. A run gives back what the one before it held when it begins."""
+        free_memory()
 
 
 def attempt(executor: Executor, task: Task, prepared: Prepared, reporter: Reporter) -> Ended:
@@ -298,7 +296,7 @@ def reason_of(error: Exception) -> str:
 
 
 def free_memory() -> None:
-    """The next run starts with what the last one held: cycles hold networks, and CUDA keeps its blocks."""
+    """Let go of what a run held: cycles hold networks, and CUDA keeps its blocks."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():

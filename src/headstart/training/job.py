@@ -285,8 +285,8 @@ def execute(
 
 def _execute(prepared: Prepared, folder: Path, machine: Machine, reporter: Reporter) -> Result:
     run, task = prepared.run, prepared.task
+    machine.start_memory()  # what the run before this one held is given back, at nobody's cost
     started = time.perf_counter()
-    machine.start_memory()
     method = build(prepared)
     headline = method.headline()
     if headline is not None and machine.main and not run.trial:
