@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from headstart.errors import ConfigError
+from headstart.disk import read_json, write_json
+from headstart.errors import ConfigError, OutputError
 from headstart.method import Loss, Method, Phase
 from headstart.records import Precision, Recipe
 
@@ -289,27 +290,18 @@ class Placed:
 
 
 def _known_layouts(notes: Path | None) -> dict[str, bool]:
-    try:
-        read = json.loads(notes.read_text(encoding="utf-8")) if notes is not None else {}
-    except (OSError, ValueError):
-        return {}
-    return (
-        {key: value for key, value in read.items() if isinstance(value, bool)}
-        if isinstance(read, dict)
-        else {}
-    )
+    read = {} if notes is None else read_json(notes)
+    return {key: value for key, value in read.items() if isinstance(value, bool)}
 
 
 def _note_layout(notes: Path | None, key: str, faster: bool) -> None:
     if notes is None:
         return
-    # Read again: another process may have added to it. Without the note nothing is lost but two seconds.
-    text = json.dumps(_known_layouts(notes) | {key: faster})
-    fresh = notes.with_name(f".{notes.name}.{os.getpid()}")
-    with contextlib.suppress(OSError):
+    # Without the note nothing is lost but two seconds.
+    with contextlib.suppress(OSError, OutputError):
         notes.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_text(text, encoding="utf-8")
-        fresh.replace(notes)
+        # Read again: another process may have added to it.
+        write_json(notes, _known_layouts(notes) | {key: faster})
 
 
 def _device(asked: str) -> torch.device:
