@@ -16,7 +16,8 @@ from headstart.testing import CHECKS, ON_RANKS, Case, ContractError, Ranks, case
 
 METHODS = registry.everything()
 
-# A few pairs, across strides too: along all of them looking ahead takes minutes, and is no other code.
+# A few pairs, across strides too: along all of them, on every network, looking ahead takes minutes. As they
+# come, `test_all_pairs_of_layers` looks at them on one.
 HYPER: dict[str, dict[str, Any]] = {"l2t-w": {"pairs": "1-1,2-2"}, "l2t-ww": {"pairs": "1-1,1-2,2-1"}}
 
 # On six validation pictures transtailor says, rightly, that tau means little.
@@ -46,6 +47,14 @@ def ranks(cases: dict[str, dict[str, Case]]) -> dict[str, Ranks]:
 @pytest.mark.parametrize("cls", METHODS, ids=lambda cls: cls.name)
 def test_contract(cls: type[Method], name: str, cases: dict[str, dict[str, Case]]) -> None:
     run_check(name, cases[cls.name])
+
+
+@pytest.mark.parametrize("name", list(HYPER))
+def test_all_pairs_of_layers(name: str) -> None:
+    checks = ["what_learns_changes", "resumes_bit_equal", "keeps_its_type", "stays_finite_in_bf16"]
+    cls = next(each for each in METHODS if each.name == name)
+    make = testing.networks()["BatchNorm (test_resnet)"]
+    assert set(check_method(cls, make_net=make, only=checks).values()) == {"holds"}
 
 
 @pytest.mark.slow

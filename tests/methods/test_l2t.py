@@ -787,14 +787,15 @@ def test_half_precision_with_scaled_losses_is_refused() -> None:
         method(*batches(1)[0])
 
 
+def full(*_: Any, **__: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 @pytest.mark.parametrize("where", ["look_ahead", "maps_of", "to_size", "mismatch"])
 def test_out_of_memory_names_what_takes_it(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever it happens: in the source, in making maps as large, in the steps ahead."""
     method = build()
     begin(method)
-
-    def full(*_: Any, **__: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(f"headstart.methods.select.l2t.{where}", full)
     with pytest.raises(TrainingError, match=r"4 pairs, looking 2 steps ahead.*replay=true") as caught:
@@ -814,9 +815,6 @@ def test_out_of_memory_advises_what_can_help(
 ) -> None:
     method = build(**asked)
     begin(method)
-
-    def full(*_: Any, **__: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("headstart.methods.select.l2t.to_size", full)
     with pytest.raises(TrainingError, match=re.escape(advice)):
